@@ -1,0 +1,34 @@
+"""Errors of the user's making that the model package raises.
+
+QuillError
+├── ConfigError                   config.json or a ModelConfig that cannot be run
+├── CheckpointError               weights: missing, extra, misshapen, damaged or in a refused format
+├── TokenizerError                tokenizer files that are absent or cannot be used
+└── InvalidSamplingParamsError    a sampling parameter out of its bounds (`.param` names it)
+
+Each message is one sentence that names the field or file and says what to do.
+"""
+
+from __future__ import annotations
+
+
+class QuillError(Exception):
+    """Base of every error that a user can cause and mend."""
+
+
+class ConfigError(QuillError):
+    pass
+
+
+class CheckpointError(QuillError):
+    pass
+
+
+class TokenizerError(QuillError):
+    pass
+
+
+class InvalidSamplingParamsError(QuillError):
+    def __init__(self, param: str, rule: str) -> None:
+        super().__init__(f"{param} {rule}")
+        self.param = param

@@ -1,0 +1,26 @@
+"""EngineConfig: everything the engine's process needs to start, as plain values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """`model_path` is a checkpoint folder. Sizes left at None are chosen for the model and device at hand.
+
+    `kv_cache_memory` is in bytes; `num_threads` is torch's intra-op thread count (None: torch's own choice).
+    """
+
+    model_path: str
+    model_name: str
+    device: str = "auto"
+    dtype: str = "auto"
+    quantization: str = "none"
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    kv_cache_memory: int | None = None
+    block_size: int = 16
+    prefix_caching: bool = True
+    attention_backend: str = "auto"
+    num_threads: int | None = None

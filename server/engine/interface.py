@@ -1,0 +1,97 @@
+"""The seam between HTTP and the engine: what routes call, and what a fake in a test provides."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Literal, Protocol
+
+from model.sampling_params import SamplingParams
+from server.engine.messages import EngineInfo, EngineStats, SequenceOutput
+
+EngineState = Literal["loading", "ready", "dead"]
+
+
+class EngineUnavailableError(Exception):
+    """The engine is loading or dead: no request can be taken. `retry_after` is in seconds."""
+
+    def __init__(self, reason: str, retry_after: int) -> None:
+        super().__init__(reason)
+        self.retry_after = retry_after
+
+
+class QueueFullError(Exception):
+    """More requests wait than allowed. `retry_after` (seconds) comes from measured rates."""
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__("the request queue is full")
+        self.retry_after = retry_after
+
+
+class EngineRequestError(Exception):
+    """The engine gave up on a request that it had accepted (it died, or the request failed inside a step)."""
+
+
+class RequestStream(Protocol):
+    """The outputs of one submitted request. Ends after the output that carries a finish_reason.
+
+    Iterating raises EngineRequestError if the engine dies or the request fails. Outputs that arrived while the
+    consumer was busy are merged into one.
+    """
+
+    request_id: int
+
+    def __aiter__(self) -> AsyncIterator[SequenceOutput]: ...
+
+    def abort(self) -> None:
+        """Stop the request and free its blocks; harmless after the end."""
+        ...
+
+
+class EngineClient(Protocol):
+    """The asyncio side of the engine."""
+
+    @property
+    def state(self) -> EngineState: ...
+
+    @property
+    def fault(self) -> str | None:
+        """Why the engine is dead, in words fit for an operator's log, or None."""
+        ...
+
+    @property
+    def info(self) -> EngineInfo | None:
+        """Known once the state has been `ready`."""
+        ...
+
+    @property
+    def stats(self) -> EngineStats: ...
+
+    @property
+    def last_heard(self) -> float:
+        """Monotonic time of the engine's last message (it sends one at least every second)."""
+        ...
+
+    async def start(self) -> None:
+        """Start the engine's process; returns at once. `wait_ready` waits for it."""
+        ...
+
+    async def wait_ready(self) -> None:
+        """Returns when requests are taken; raises EngineUnavailableError if the engine died first."""
+        ...
+
+    def submit(
+        self, prompt_token_ids: list[int], params: SamplingParams, deadline: float | None = None
+    ) -> RequestStream:
+        """Hand a request to the engine; never waits. The prompt must fit the context together with max_tokens.
+
+        `deadline` is monotonic seconds. Raises EngineUnavailableError or QueueFullError.
+        """
+        ...
+
+    def check_admission(self, num_sequences: int) -> None:
+        """Raise what `submit` would raise for that many sequences at once; changes nothing."""
+        ...
+
+    async def close(self) -> None:
+        """Abort what runs, end the process, release the socket. Harmless when called twice."""
+        ...

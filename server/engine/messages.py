@@ -1,0 +1,122 @@
+"""What crosses the process boundary, as msgpack: requests one way, one message per step the other way.
+
+Structs are encoded as arrays with a tag, so that a token costs a few bytes. Exceptions cross as values.
+Times are `time.monotonic()` seconds: both processes run on one machine and share that clock.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from model.sampling_params import SamplingParams
+
+
+class AddRequest(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    request_id: int
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    arrival_time: float
+    deadline: float | None = None
+
+
+class AbortRequests(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    request_ids: list[int]
+
+
+class Shutdown(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    pass
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Raw-distribution log-probability of one generated token and its best alternatives, best first."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class RequestTimings(msgspec.Struct, frozen=True, array_like=True):
+    """Seconds on the monotonic clock; sent with a request's last output."""
+
+    arrival: float
+    first_scheduled: float
+    first_token: float
+    finished: float
+    num_preemptions: int
+
+
+class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
+    """New tokens of one request. `finish_reason` (stop, length, deadline, abort, error) is set on the last one.
+
+    A stop token or EOS that ended the sequence is among `token_ids`; `stop_token_id` names it
+    when it came from `stop_token_ids` and is None for EOS.
+    """
+
+    request_id: int
+    token_ids: list[int]
+    finish_reason: str | None = None
+    stop_token_id: int | None = None
+    cached_tokens: int = 0
+    logprobs: list[TokenLogprobs] | None = None
+    timings: RequestTimings | None = None
+
+
+class EngineStats(msgspec.Struct, frozen=True, array_like=True):
+    """A snapshot after a step. Gauges are current, the rest count from the engine's start."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    num_free_blocks: int = 0
+    num_steps: int = 0
+    num_preemptions: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+
+
+class StepOutput(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    outputs: list[SequenceOutput]
+    stats: EngineStats
+    step_tokens: int = 0
+    step_seconds: float = 0.0
+
+
+class ModelInfo(msgspec.Struct, frozen=True):
+    """What the engine knows of a loaded checkpoint. `config` is the ModelConfig as plain values."""
+
+    name: str
+    config: dict[str, object]
+    num_parameters: int
+    weights_digest: str
+    provenance: dict[str, object]
+
+
+class EngineInfo(msgspec.Struct, frozen=True, tag=True):
+    """Sent once when the engine is ready to take requests."""
+
+    models: list[ModelInfo]
+    device: str
+    device_name: str
+    dtype: str
+    attention_backend: str
+    block_size: int
+    num_blocks: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    torch_version: str
+    load_seconds: float
+
+
+class EngineFault(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The engine cannot go on (or could not start). `message` is safe to log; `user_error` marks a fault of the
+    configuration or the model folder, whose message is one sentence meant for the operator."""
+
+    message: str
+    user_error: bool
+
+
+EngineInput = AddRequest | AbortRequests | Shutdown
+EngineOutput = EngineInfo | StepOutput | EngineFault

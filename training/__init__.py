@@ -1,0 +1,1 @@
+"""Offline training: data preparation, the trainer, evaluation. Never imports `server`."""
