@@ -1,0 +1,48 @@
+"""PagedKVCache: keys and values of all layers in fixed-size blocks, in the layout that the backend asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+
+BlockShape = Callable[[ModelConfig, int, torch.dtype], tuple[tuple[int, ...], tuple[int, ...]]]
+
+
+@dataclass(frozen=True, slots=True)
+class PagedKVCache:
+    """`keys[layer]` and `values[layer]` are [num_blocks, *block shape of the backend]."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    num_blocks: int
+    block_size: int
+
+    @classmethod
+    def allocate(
+        cls,
+        config: ModelConfig,
+        block_shape: BlockShape,
+        *,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> PagedKVCache:
+        """Zeroed blocks for every layer. `block_shape` gives the shapes of one block's keys and values."""
+        key_shape, value_shape = block_shape(config, block_size, dtype)
+        layers = range(config.num_layers)
+        keys = [torch.zeros(num_blocks, *key_shape, dtype=dtype, device=device) for _ in layers]
+        values = [torch.zeros(num_blocks, *value_shape, dtype=dtype, device=device) for _ in layers]
+        return cls(keys, values, num_blocks, block_size)
+
+
+def bytes_per_block(config: ModelConfig, block_shape: BlockShape, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes that one block takes over all layers, keys and values together."""
+    key_shape, value_shape = block_shape(config, block_size, dtype)
+    elements = torch.Size(key_shape).numel() + torch.Size(value_shape).numel()
+    return config.num_layers * elements * dtype.itemsize
