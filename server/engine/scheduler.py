@@ -1,0 +1,307 @@
+"""Scheduler: which sequences compute which tokens in the next step. Continuous batching, first come first served.
+
+Free of torch. One step mixes a token of every decoding sequence with chunks of prompts under a token budget.
+Two orders always hold: running sequences are sorted by arrival, and all of them arrived before all that wait. So
+the newest running sequence is the one to preempt, and it returns to the front of the queue.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from model.errors import QuillError
+from server.engine.block_manager import BlockManager
+from server.engine.sequence import FinishReason, InvalidSequenceError, Sequence, SequenceStatus
+
+SequenceUpdate = tuple[Sequence, list[int], bool]
+"""A sequence, its new token ids (none or one), and whether it is finished."""
+
+
+class SchedulerConfigError(QuillError):
+    """Limits with which some sequence could never be served."""
+
+
+@dataclass(slots=True)
+class ScheduledBatch:
+    """One step's work: row i computes the next `num_scheduled_tokens[i]` tokens of `sequences[i]` after its
+    `num_computed_tokens`, and its block table has room for them.
+
+    The first `num_decodes` rows are decodes: exactly one token, past the prompt. `needs_sample[i]` says that the
+    row reaches the end of its sequence's tokens, so that a next token is to be drawn.
+    `expired` are sequences that ended because their deadline passed; they are in no later batch or update.
+    """
+
+    sequences: list[Sequence] = field(default_factory=list)
+    num_scheduled_tokens: list[int] = field(default_factory=list)
+    needs_sample: list[bool] = field(default_factory=list)
+    num_decodes: int = 0
+    num_tokens: int = 0
+    expired: list[Sequence] = field(default_factory=list)
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.sequences
+
+    @property
+    def num_samples(self) -> int:
+        return sum(self.needs_sample)
+
+
+class Scheduler:
+    """Queues and limits. `max_num_seqs` bounds the running sequences, `max_num_batched_tokens` a step's tokens.
+
+    Counters from the start: `num_steps`, `num_preemptions`, `prompt_tokens` (of prompts that gave a first
+    token) and `generation_tokens`.
+
+    Raises SchedulerConfigError if the pool cannot hold one sequence of `max_model_len`, or if the budget is below
+    `max_num_seqs`: decodes could then fill it step after step, and a prompt would never get its turn.
+    """
+
+    def __init__(
+        self,
+        block_manager: BlockManager,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        capacity = block_manager.num_blocks * block_manager.block_size
+        if capacity < max_model_len:
+            raise SchedulerConfigError(
+                f"kv_cache_memory holds {capacity} tokens, less than the context of {max_model_len}: raise it"
+            )
+        if max_num_seqs < 1:
+            raise SchedulerConfigError("max_num_seqs must be at least 1")
+        if max_num_batched_tokens < max_num_seqs:
+            raise SchedulerConfigError(
+                f"max_num_batched_tokens must be at least max_num_seqs, which is {max_num_seqs}: raise it"
+            )
+        self.block_manager = block_manager
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_model_len = max_model_len
+        self.num_steps = 0
+        self.num_preemptions = 0
+        self.prompt_tokens = 0
+        self.generation_tokens = 0
+        self._clock = clock
+        self._waiting: OrderedDict[int, Sequence] = OrderedDict()
+        self._running: dict[int, Sequence] = {}
+        self._deadlines: list[tuple[float, int]] = []  # a heap; entries of finished sequences linger for a while
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._running or self._waiting)
+
+    @property
+    def waiting(self) -> list[Sequence]:
+        """Oldest first."""
+        return list(self._waiting.values())
+
+    @property
+    def running(self) -> list[Sequence]:
+        """Oldest first."""
+        return list(self._running.values())
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a sequence. Raises InvalidSequenceError for an id that is in use or a limit beyond the context."""
+        if self._find(seq.request_id) is not None:
+            raise InvalidSequenceError(f"request_id {seq.request_id} is in use: choose another")
+        if seq.max_num_tokens > self.max_model_len:
+            raise InvalidSequenceError(f"prompt and max_tokens exceed the context of {self.max_model_len}: lower one")
+        self._waiting[seq.request_id] = seq
+        if seq.deadline is not None:
+            heapq.heappush(self._deadlines, (seq.deadline, seq.request_id))
+
+    def abort(self, request_id: int, finish_reason: FinishReason = "abort") -> Sequence | None:
+        """End a sequence in any state and free its blocks at once. None if it is unknown or already finished.
+
+        Between `schedule` and `update` it is safe only once the step's computation is over.
+        """
+        seq = self._find(request_id)
+        if seq is not None:
+            self._finish(seq, finish_reason, self._clock())
+        return seq
+
+    def schedule(self) -> ScheduledBatch:
+        """Choose the next step's work.
+
+        Calling it again without `update`, after a step that failed, chooses the same tokens again.
+        """
+        now = self._clock()
+        expired = self._expire(now)
+        decodes: list[Sequence] = []
+        prefills: list[Sequence] = []
+        preempted, budget = self._schedule_running(decodes, prefills)
+        if not preempted and self._waiting:
+            self._admit_waiting(decodes, prefills, budget, now)
+        return _make_batch(decodes, prefills, expired)
+
+    def update(self, batch: ScheduledBatch, sampled: list[int | None]) -> list[SequenceUpdate]:
+        """Take in a step's result: `sampled` holds, in order, one token id for each row with `needs_sample`, or None
+        where drawing it failed, which ends that sequence with finish_reason "error".
+
+        Returns the sequences that got a token or ended. Rows aborted since `schedule` are passed over.
+        """
+        assert len(sampled) == batch.num_samples, "one entry of sampled per row that needs a sample"
+        now = self._clock()
+        self.num_steps += 1
+        results: list[SequenceUpdate] = []
+        tokens = iter(sampled)
+        running = SequenceStatus.RUNNING
+        rows = zip(batch.sequences, batch.num_scheduled_tokens, batch.needs_sample, strict=True)
+        for seq, count, needs_sample in rows:
+            token_id = next(tokens) if needs_sample else None
+            if seq.status is not running:
+                continue
+            seq.num_computed_tokens += count
+            seq.num_scheduled_tokens = 0
+            if seq.num_computed_tokens >= seq.next_cache_boundary:
+                self.block_manager.mark_computed(seq)
+            if needs_sample:
+                results.append(self._take_token(seq, token_id, now))
+        return results
+
+    def _schedule_running(self, decodes: list[Sequence], prefills: list[Sequence]) -> tuple[bool, int]:
+        """Fill the lists with running sequences, oldest first. Returns whether one was preempted and the budget left.
+
+        Every decode has its token set aside before prompts share the rest.
+        """
+        running = list(self._running.values())
+        size = self.block_manager.block_size
+        budget = self.max_num_batched_tokens - sum([_is_decode(seq) for seq in running])
+        preempted = False
+        for seq in running:
+            if seq.request_id not in self._running:
+                break  # preempted for an older one, as are all after it
+            if _is_decode(seq):
+                computed = seq.num_computed_tokens
+                if computed >= len(seq.block_table) * size and not self.block_manager.allocate_slots(seq, 1):
+                    preempted = True
+                    if not self._preempt_for(seq):
+                        break
+                seq.num_scheduled_tokens = 1
+                decodes.append(seq)
+            else:
+                budget -= _schedule_prefill(seq, budget)
+                if seq.num_scheduled_tokens:
+                    prefills.append(seq)
+        return preempted, budget
+
+    def _preempt_for(self, seq: Sequence) -> bool:
+        """Preempt the newest sequences until `seq` has a slot for one token; False if that reaches `seq` itself."""
+        while True:
+            victim = self._running.popitem()[1]
+            self._preempt(victim)
+            if victim is seq:
+                return False
+            if self.block_manager.allocate_slots(seq, 1):
+                return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Give up a sequence's blocks: its tokens, prompt and output, will be computed again."""
+        self.block_manager.free(seq)
+        seq.num_computed_tokens = 0
+        seq.num_scheduled_tokens = 0
+        seq.num_preemptions += 1
+        seq.status = SequenceStatus.WAITING
+        self.num_preemptions += 1
+        self._waiting[seq.request_id] = seq
+        self._waiting.move_to_end(seq.request_id, last=False)
+
+    def _admit_waiting(
+        self, decodes: list[Sequence], prefills: list[Sequence], budget: int, now: float
+    ) -> None:
+        """Admit from the front of the queue until the budget, the seats or the blocks run out.
+
+        A block for each running sequence is kept back: admitting into the last blocks would soon preempt again.
+        """
+        while self._waiting and budget and len(self._running) < self.max_num_seqs:
+            seq = next(iter(self._waiting.values()))
+            if not self.block_manager.admit(seq, reserve=len(self._running)):
+                return
+            del self._waiting[seq.request_id]
+            self._running[seq.request_id] = seq
+            seq.status = SequenceStatus.RUNNING
+            if not seq.first_scheduled:
+                seq.first_scheduled = now
+            rows = decodes if _is_decode(seq) else prefills
+            budget -= _schedule_prefill(seq, budget)
+            rows.append(seq)
+
+    def _take_token(self, seq: Sequence, token_id: int | None, now: float) -> SequenceUpdate:
+        if token_id is None:
+            self._finish(seq, "error", now)
+            return seq, [], True
+        if not seq.first_token:
+            seq.first_token = now
+            self.prompt_tokens += seq.num_prompt_tokens
+        seq.token_ids.append(token_id)
+        self.generation_tokens += 1
+        finish_reason = seq.check_stop()
+        if finish_reason is None:
+            return seq, [token_id], False
+        self._finish(seq, finish_reason, now)
+        return seq, [token_id], True
+
+    def _find(self, request_id: int) -> Sequence | None:
+        return self._running.get(request_id) or self._waiting.get(request_id)
+
+    def _finish(self, seq: Sequence, finish_reason: FinishReason, now: float) -> None:
+        self._running.pop(seq.request_id, None)
+        self._waiting.pop(seq.request_id, None)
+        self.block_manager.free(seq)
+        seq.num_scheduled_tokens = 0
+        seq.status = SequenceStatus.FINISHED
+        seq.finish_reason = finish_reason
+        seq.finished = now
+
+    def _expire(self, now: float) -> list[Sequence]:
+        """Finish the sequences whose deadline has passed."""
+        expired: list[Sequence] = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            deadline, request_id = heapq.heappop(self._deadlines)
+            seq = self._find(request_id)
+            if seq is not None and seq.deadline == deadline:
+                self._finish(seq, "deadline", now)
+                expired.append(seq)
+        if len(self._deadlines) > 2 * (self.num_running + self.num_waiting) + 64:
+            self._deadlines = [entry for entry in self._deadlines if self._find(entry[1]) is not None]
+            heapq.heapify(self._deadlines)
+        return expired
+
+
+def _is_decode(seq: Sequence) -> bool:
+    """One token to compute, past the prompt."""
+    computed = seq.num_computed_tokens
+    return computed >= seq.num_prompt_tokens and len(seq.token_ids) - computed == 1
+
+
+def _schedule_prefill(seq: Sequence, budget: int) -> int:
+    seq.num_scheduled_tokens = min(budget, len(seq.token_ids) - seq.num_computed_tokens)
+    return seq.num_scheduled_tokens
+
+
+def _make_batch(decodes: list[Sequence], prefills: list[Sequence], expired: list[Sequence]) -> ScheduledBatch:
+    counts = [1] * len(decodes) + [seq.num_scheduled_tokens for seq in prefills]
+    ends = [seq.num_computed_tokens + seq.num_scheduled_tokens == len(seq.token_ids) for seq in prefills]
+    return ScheduledBatch(
+        sequences=decodes + prefills,
+        num_scheduled_tokens=counts,
+        needs_sample=[True] * len(decodes) + ends,
+        num_decodes=len(decodes),
+        num_tokens=sum(counts),
+        expired=expired,
+    )
