@@ -92,6 +92,14 @@ class BlockManager:
         """Share of the blocks that sequences hold, 0 to 1."""
         return 1.0 - self.num_free_blocks / self.num_blocks
 
+    def ref_count(self, block: int) -> int:
+        """How many sequences hold the block."""
+        return self._ref_counts[block]
+
+    def is_cached(self, block: int) -> bool:
+        """Whether the block can be found by its content, and so must not be written."""
+        return self._contents[block] is not None
+
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
@@ -133,6 +141,24 @@ class BlockManager:
         for _ in range(missing):
             seq.block_table.append(self._take_free())
         return True
+
+    def blocks_in_progress(self, seq: Sequence) -> list[bytes]:
+        """Hashes of the blocks that will be full, and cached, once the sequence's scheduled tokens are computed."""
+        if not self.prefix_caching or seq.cache_epoch != self._epoch:
+            return []
+        start = seq.num_computed_tokens // self.block_size
+        end = (seq.num_computed_tokens + seq.num_scheduled_tokens) // self.block_size
+        self._describe(seq, end)
+        return [content.hash for content in seq.block_contents[start:end]]
+
+    def look_ahead(self, seq: Sequence, in_progress: set[bytes]) -> tuple[int, int]:
+        """How many leading tokens the cache serves now, and how many right after them others are computing."""
+        start = len(self._match(seq))
+        num_full = (seq.num_tokens - 1) // self.block_size
+        end = start
+        while end < num_full and seq.block_contents[end].hash in in_progress:
+            end += 1
+        return start * self.block_size, (end - start) * self.block_size
 
     def mark_computed(self, seq: Sequence) -> None:
         """Enter into the cache the full blocks that `num_computed_tokens` covers: call it after the step that

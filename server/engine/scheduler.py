@@ -221,16 +221,18 @@ class Scheduler:
         self._waiting[seq.request_id] = seq
         self._waiting.move_to_end(seq.request_id, last=False)
 
-    def _admit_waiting(
-        self, decodes: list[Sequence], prefills: list[Sequence], budget: int, now: float
-    ) -> None:
+    def _admit_waiting(self, decodes: list[Sequence], prefills: list[Sequence], budget: int, now: float) -> None:
         """Admit from the front of the queue until the budget, the seats or the blocks run out.
 
         A block for each running sequence is kept back: admitting into the last blocks would soon preempt again.
         """
+        blocks = self.block_manager
+        in_progress = {key for seq in prefills for key in blocks.blocks_in_progress(seq)}
         while self._waiting and budget and len(self._running) < self.max_num_seqs:
             seq = next(iter(self._waiting.values()))
-            if not self.block_manager.admit(seq, reserve=len(self._running)):
+            if in_progress and self._better_later(seq, in_progress):
+                return
+            if not blocks.admit(seq, reserve=len(self._running)):
                 return
             del self._waiting[seq.request_id]
             self._running[seq.request_id] = seq
@@ -240,6 +242,14 @@ class Scheduler:
             rows = decodes if _is_decode(seq) else prefills
             budget -= _schedule_prefill(seq, budget)
             rows.append(seq)
+            in_progress.update(blocks.blocks_in_progress(seq))
+
+    def _better_later(self, seq: Sequence, in_progress: set[bytes]) -> bool:
+        """Whether an older sequence is just computing at least half of what `seq` needs (several choices for one
+        prompt, a shared system prompt). The rest of the queue waits with it, to keep the order; that lasts no
+        longer than the older one's prefill."""
+        cached, shared = self.block_manager.look_ahead(seq, in_progress)
+        return 2 * shared >= seq.num_tokens - cached
 
     def _take_token(self, seq: Sequence, token_id: int | None, now: float) -> SequenceUpdate:
         if token_id is None:
