@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from model.attention_cpu import NativeBackend
 from model.config import ModelConfig
 from model.errors import ConfigError
 from model.paged_attention import AttentionBackend, TorchBackend
@@ -14,7 +15,11 @@ def select_backend(name: str, config: ModelConfig, device: torch.device | str, d
 
     Raises ConfigError if the named one cannot run here.
     """
-    del config, device, dtype
-    if name in ("auto", "torch"):
+    on_cpu = torch.device(device).type == "cpu"
+    if name == "torch":
         return TorchBackend()
-    raise ConfigError(f"attention backend {name!r} is unknown; use auto or torch")
+    if name in ("auto", "native") and on_cpu and NativeBackend.supports(config, dtype):
+        return NativeBackend()
+    if name == "auto":
+        return TorchBackend()
+    raise ConfigError(f"attention backend {name!r} cannot run here; use auto or torch")

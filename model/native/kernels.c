@@ -1,0 +1,304 @@
+/* CPU kernels that torch has no operator for. Plain C with vector extensions, no Python.h: loaded through ctypes.
+ *
+ * Instruction sets are chosen when the library is called, so one build serves every machine of an architecture.
+ * Threads are those of the OpenMP runtime that torch has already loaded (its GOMP_parallel is handed over), because
+ * two runtimes would keep two pools of spinning threads on the same cores.
+ */
+
+#include <math.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#include <immintrin.h>
+#define HAVE_X86_VARIANTS 1
+#endif
+
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+#define TILE 16     /* tokens in a tile, and lanes in a vector */
+#define MAX_ROWS 4  /* query rows that share the loads of one pass over the keys */
+
+typedef float v16f __attribute__((vector_size(64), may_alias));
+typedef float v16f_u __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t v16u __attribute__((vector_size(64), may_alias));
+typedef int32_t v16i __attribute__((vector_size(64), may_alias));
+typedef uint16_t v16h_u __attribute__((vector_size(32), aligned(2), may_alias));
+
+/* One layer of one step. Mirrored by `_AttentionStep` in model/attention_cpu.py. Strides are in elements;
+ * output is [N, num_heads, head_dim] without gaps. `window` 0 means none. */
+typedef struct {
+    const void *query, *key, *value;
+    void *key_cache, *value_cache, *output;
+    int64_t query_stride, key_stride, value_stride;
+    const int32_t *cu_seqlens_q, *context_lens, *block_tables;
+    int64_t num_seqs, max_blocks, num_heads, num_kv_heads, head_dim, block_size, window;
+    float scale;
+    int32_t is_bfloat16, num_threads;
+} attention_step;
+
+typedef struct {
+    uint32_t *query;
+    float *scores, *sums;
+    void *weights, *output;
+    const char **key_tiles, **value_tiles;
+} scratch;
+
+static inline int64_t padded_dim(int64_t head_dim) { return (head_dim + TILE - 1) / TILE * TILE; }
+
+static inline int64_t tile_index(const attention_step *p, int64_t seq, int64_t kv_head, int64_t tile) {
+    const int64_t tiles_each = p->block_size / TILE;
+    const int64_t block = p->block_tables[seq * p->max_blocks + tile / tiles_each];
+    return (block * p->num_kv_heads + kv_head) * tiles_each + tile % tiles_each;
+}
+
+static inline __attribute__((always_inline)) v16f select16(v16i mask, v16f a, v16f b) {
+    return (v16f)(((v16i)a & mask) | ((v16i)b & ~mask));
+}
+
+static inline __attribute__((always_inline)) v16f max16(v16f a, v16f b) { return select16(a > b, a, b); }
+
+static inline __attribute__((always_inline)) float reduce_max16(v16f v) {
+    float top = v[0];
+    for (int i = 1; i < TILE; i++) top = v[i] > top ? v[i] : top;
+    return top;
+}
+
+static inline __attribute__((always_inline)) float reduce_sum16(v16f v) {
+    float sum = 0;
+    for (int i = 0; i < TILE; i++) sum += v[i];
+    return sum;
+}
+
+/* exp(x) for x <= 0, exactly 0 below -87; relative error about 2e-7. x = n ln2 + r, |r| <= ln2 / 2, and a Taylor
+ * polynomial of degree 6 in r (its remainder there is below 2e-7). */
+static inline __attribute__((always_inline)) v16f exp16(v16f x) {
+    const v16i alive = x > -87.0f;
+    x = select16(alive, x, (v16f){0});
+    const v16i n = __builtin_convertvector(x * 1.44269504f - 0.5f, v16i);
+    const v16f whole = __builtin_convertvector(n, v16f);
+    const v16f r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+    v16f y = r * (1.0f / 720) + (1.0f / 120);
+    y = y * r + (1.0f / 24);
+    y = y * r + (1.0f / 6);
+    y = y * r + 0.5f;
+    y = y * r + 1.0f;
+    y = y * r + 1.0f;
+    return select16(alive, y * (v16f)((n + 127) << 23), (v16f){0});
+}
+
+static inline __attribute__((always_inline)) v16u round_bf16(v16f v) {
+    const v16u bits = (v16u)v;
+    const v16u rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return (v16u)select16(v != v, (v16f)((bits >> 16) | 0x40), (v16f)rounded);
+}
+
+static inline __attribute__((always_inline)) v16f dot_bf16(v16f acc, v16u pairs, uint32_t scalar) {
+    const union { uint32_t u; float f; } low = {scalar << 16}, high = {scalar & 0xffff0000u};
+    acc += (v16f)(pairs << 16) * low.f;
+    return acc + (v16f)(pairs & 0xffff0000u) * high.f;
+}
+
+static inline __attribute__((always_inline)) v16f dot_f32(v16f acc, v16u values, uint32_t scalar) {
+    const union { uint32_t u; float f; } s = {scalar};
+    return acc + (v16f)values * s.f;
+}
+
+#define LOWER_HALF(v) ((v) & 0x0000ffffu)
+#define NARROW_F32(dst, v) (*(v16f_u *)(dst) = (v))
+#define NARROW_BF16(dst, v) (*(v16h_u *)(dst) = __builtin_convertvector(round_bf16(v), v16h_u))
+
+/* float32 and bfloat16 in portable vectors, for whatever the compiler's base instruction set is. */
+#define ELEMENT float
+#define PAIR 1
+#define DOT dot_f32
+#define NARROW NARROW_F32
+#define NAME(x) x##_f32_base
+#include "paged_attention.h"
+#undef NAME
+#ifdef HAVE_X86_VARIANTS
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v3")
+#define NAME(x) x##_f32_avx2
+#include "paged_attention.h"
+#undef NAME
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
+#define NAME(x) x##_f32_avx512
+#include "paged_attention.h"
+#undef NAME
+#pragma GCC pop_options
+#endif
+#undef ELEMENT
+#undef PAIR
+#undef DOT
+#undef NARROW
+
+#define ELEMENT uint16_t
+#define PAIR 2
+#define DOT dot_bf16
+#define NARROW NARROW_BF16
+#define NAME(x) x##_bf16_base
+#include "paged_attention.h"
+#undef NAME
+#ifdef HAVE_X86_VARIANTS
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v3")
+#define NAME(x) x##_bf16_avx2
+#include "paged_attention.h"
+#undef NAME
+#pragma GCC pop_options
+#undef DOT
+#undef NARROW
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4,avx512bf16,prefer-vector-width=512")
+#define DOT(acc, v, s) \
+    ((v16f)_mm512_dpbf16_ps((__m512)(acc), (__m512bh)(v), (__m512bh)_mm512_set1_epi32((int32_t)(s))))
+#define NARROW(dst, v) _mm256_storeu_si256((__m256i *)(dst), (__m256i)_mm512_cvtneps_pbh((__m512)(v)))
+#define NAME(x) x##_bf16_avx512
+#include "paged_attention.h"
+#undef NAME
+#pragma GCC pop_options
+#endif
+#undef ELEMENT
+#undef PAIR
+#undef DOT
+#undef NARROW
+
+typedef struct {
+    const char *name;
+    void (*store_head)(const attention_step *, int64_t, int64_t);
+    void (*attend_rows)(const attention_step *, scratch *, int64_t, int64_t, int64_t, int64_t);
+} variant;
+
+static variant variants[2]; /* float32, bfloat16 */
+static void (*run_parallel)(void (*)(void *), void *, unsigned, unsigned);
+
+static void choose_variants(void) {
+    variants[0] = (variant){"portable", store_head_f32_base, attend_rows_f32_base};
+    variants[1] = (variant){"portable", store_head_bf16_base, attend_rows_bf16_base};
+#ifdef HAVE_X86_VARIANTS
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+        variants[0] = (variant){"avx2", store_head_f32_avx2, attend_rows_f32_avx2};
+        variants[1] = (variant){"avx2", store_head_bf16_avx2, attend_rows_bf16_avx2};
+    }
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd")) {
+        variants[0] = (variant){"avx512", store_head_f32_avx512, attend_rows_f32_avx512};
+        if (__builtin_cpu_supports("avx512bf16"))
+            variants[1] = (variant){"avx512_bf16", store_head_bf16_avx512, attend_rows_bf16_avx512};
+    }
+#endif
+}
+
+/* Choose the instruction sets and take over a thread pool: `gomp_parallel` may be null (then all runs in the caller).
+ * Returns the name of the bfloat16 variant. */
+const char *quill_init(void *gomp_parallel) {
+    choose_variants();
+    run_parallel = (void (*)(void (*)(void *), void *, unsigned, unsigned))gomp_parallel;
+    return variants[1].name;
+}
+
+/* Per-thread working memory, kept between calls and grown when a longer context comes. */
+static _Thread_local char *arena;
+static _Thread_local size_t arena_size;
+
+static void *take(char **at, size_t size) {
+    void *here = *at;
+    *at += (size + 63) / 64 * 64;
+    return here;
+}
+
+static int make_scratch(const attention_step *p, int64_t max_tiles, scratch *s) {
+    const size_t tokens = (size_t)max_tiles * TILE, padded = (size_t)padded_dim(p->head_dim);
+    const size_t need = MAX_ROWS * (padded * 12 + tokens * 8) + (size_t)max_tiles * 16 + 64 * 16;
+    if (need > arena_size) {
+        free(arena);
+        arena = aligned_alloc(64, (need + 63) / 64 * 64);
+        arena_size = arena ? need : 0;
+        if (!arena) return 0;
+    }
+    char *at = arena;
+    s->query = take(&at, MAX_ROWS * padded * 4);
+    s->scores = take(&at, MAX_ROWS * tokens * 4);
+    s->weights = take(&at, MAX_ROWS * tokens * 4);
+    s->sums = take(&at, MAX_ROWS * padded * 4);
+    s->output = take(&at, MAX_ROWS * padded * 4);
+    s->key_tiles = take(&at, (size_t)max_tiles * 8);
+    s->value_tiles = take(&at, (size_t)max_tiles * 8);
+    return 1;
+}
+
+typedef struct {
+    const attention_step *step;
+    const variant *kernel;
+    int64_t max_tiles, max_row_groups;
+    int store, attend, split_rows;
+    atomic_llong next;
+    atomic_int failed;
+} job;
+
+static int64_t num_rows(const attention_step *p, int64_t seq) {
+    return (p->cu_seqlens_q[seq + 1] - p->cu_seqlens_q[seq]) * (p->num_heads / p->num_kv_heads);
+}
+
+static void attend_group(const job *j, scratch *s, int64_t seq, int64_t kv_head, int64_t row) {
+    const int64_t left = num_rows(j->step, seq) - row;
+    if (left > 0) j->kernel->attend_rows(j->step, s, seq, kv_head, row, left < MAX_ROWS ? left : MAX_ROWS);
+}
+
+/* One unit is a sequence and kv head, or a group of its rows when `split_rows`. */
+static void work(void *data) {
+    job *j = data;
+    const attention_step *p = j->step;
+    const int64_t parts = j->split_rows ? j->max_row_groups : 1;
+    const int64_t units = p->num_seqs * p->num_kv_heads * parts;
+    scratch s;
+    if (!make_scratch(p, j->max_tiles, &s)) {
+        atomic_store(&j->failed, 1);
+        return;
+    }
+    for (;;) {
+        const int64_t unit = atomic_fetch_add(&j->next, 1);
+        if (unit >= units) return;
+        const int64_t seq = unit / parts / p->num_kv_heads, kv_head = unit / parts % p->num_kv_heads;
+        if (j->store) j->kernel->store_head(p, seq, kv_head);
+        if (!j->attend) continue;
+        if (j->split_rows)
+            attend_group(j, &s, seq, kv_head, unit % parts * MAX_ROWS);
+        else
+            for (int64_t row = 0; row < num_rows(p, seq); row += MAX_ROWS) attend_group(j, &s, seq, kv_head, row);
+    }
+}
+
+static int run(job *j) {
+    atomic_store(&j->next, 0);
+    if (run_parallel && j->step->num_threads > 1)
+        run_parallel(work, j, (unsigned)j->step->num_threads, 0);
+    else
+        work(j);
+    return atomic_load(&j->failed) ? -1 : 0;
+}
+
+/* Store the step's keys and values, then attend. Returns 0, or -1 when memory ran out. */
+int quill_paged_attention(const attention_step *p) {
+    job j = {.step = p, .kernel = &variants[p->is_bfloat16 ? 1 : 0]};
+    for (int64_t seq = 0; seq < p->num_seqs; seq++) {
+        const int64_t tiles = (p->context_lens[seq] + TILE - 1) / TILE;
+        const int64_t groups = (num_rows(p, seq) + MAX_ROWS - 1) / MAX_ROWS;
+        j.max_tiles = tiles > j.max_tiles ? tiles : j.max_tiles;
+        j.max_row_groups = groups > j.max_row_groups ? groups : j.max_row_groups;
+    }
+    /* With plenty of heads each unit stores and attends in one pass; otherwise, all must be stored before the rows of
+     * one head are shared out. */
+    j.store = 1;
+    j.attend = p->num_seqs * p->num_kv_heads >= 4 * (int64_t)p->num_threads || j.max_row_groups <= 1;
+    if (run(&j) != 0 || j.attend) return atomic_load(&j.failed) ? -1 : 0;
+    j.store = 0;
+    j.attend = j.split_rows = 1;
+    return run(&j);
+}
