@@ -258,11 +258,9 @@ def naive_cached_tokens(tokens: list[int], seen: list[list[int]], block_size: in
 @pytest.mark.parametrize("collide", [False, True], ids=["sha256", "weak hash"])
 @settings(deadline=None, max_examples=80)
 @given(lists=prompts, block_size=st.integers(1, 4))
-def test_hits_equal_a_naive_comparison_of_token_lists(
-    collide: bool, lists: list[list[int]], block_size: int
-) -> None:
-    """With room for all, a hit is exactly what comparing lists says. With a hash of one byte's worth of values, hits may
-    be lost but never invented."""
+def test_hits_equal_a_naive_comparison_of_token_lists(collide: bool, lists: list[list[int]], block_size: int) -> None:
+    """With room for all, a hit is exactly what comparing lists says. With a hash of two values, hits may be lost but
+    never invented."""
     with pytest.MonkeyPatch.context() as patch:
         if collide:
             patch.setattr(block_manager_module, "hash_block", lambda parent, tokens: bytes([sum(tokens) % 2]))

@@ -79,7 +79,7 @@ def test_a_token_of_the_prompt_never_stops() -> None:
 def test_prompt_must_hold_a_token_and_leave_room_for_one() -> None:
     with pytest.raises(InvalidSequenceError, match="at least one token"):
         make([])
-    with pytest.raises(InvalidSequenceError, match="4 tokens.*context of 4"):
+    with pytest.raises(InvalidSequenceError, match=r"4 tokens.*context of 4"):
         make([1, 2, 3, 4], max_model_len=4)
     assert make([1, 2, 3], max_model_len=4).max_num_tokens == 4
 
