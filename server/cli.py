@@ -1,0 +1,61 @@
+"""The command line: settings, listener and engine first; the web framework is imported while the engine loads."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sys
+
+from server.auth import ApiKeys, load_api_keys
+from server.logs import setup_logging
+from server.settings import Settings, UsageError, load_settings
+
+EXIT_USAGE = 2
+BACKLOG = 2048
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `python -m server` and return its exit code: 0 drained, 1 engine failure, 2 wrong usage."""
+    try:
+        settings = load_settings(sys.argv[1:] if argv is None else argv)
+        keys = load_api_keys(settings.api_key_file)
+        listener = listen(settings.host, settings.port)
+    except UsageError as error:
+        print(f"quill: error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    setup_logging(settings.log_level, settings.log_format)
+    import uvloop
+
+    with listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_serve(settings, keys, listener))
+
+
+async def _serve(settings: Settings, keys: ApiKeys, listener: socket.socket) -> int:
+    from server.engine.client import AsyncEngine
+
+    engine = AsyncEngine(settings.engine_config(), settings.max_queued_requests)
+    await engine.start()
+    from server.serve import allow_many_connections, serve
+
+    allow_many_connections()
+    return await serve(settings, keys, listener, engine)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; connections queue on it until the server is up. Raises UsageError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise UsageError(f"--host: cannot listen on {host}: {error.strerror}") from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise UsageError(f"--port: cannot listen on {host} port {port}: {error.strerror}") from None
+    listener.setblocking(False)
+    return listener

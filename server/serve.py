@@ -1,0 +1,185 @@
+"""Run the server: engine first, then HTTP; signals, drain and exit codes are ours, not uvicorn's.
+
+Exit codes: 0 after a drain, 1 when the engine could not start or died.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+
+import uvicorn
+
+from model.errors import QuillError
+from model.tokenizer import Tokenizer
+from server.admission import Services
+from server.app import create_app
+from server.auth import ApiKeys
+from server.engine.interface import EngineClient, EngineUnavailableError
+from server.protocol import ConnectionLimits, guarded_protocol
+from server.settings import Settings
+
+logger = logging.getLogger("server")
+
+EXIT_OK = 0
+EXIT_ENGINE = 1
+POLL_SECONDS = 0.1
+LAST_ANSWERS_SECONDS = 1.0
+SHUTDOWN_SECONDS = 2
+LoadTokenizer = Callable[[Settings], Tokenizer]
+
+
+class StartupError(Exception):
+    """The engine or the tokenizer could not be loaded; one sentence for the operator."""
+
+
+class Signals:
+    """SIGTERM and SIGINT: the first asks for a drain, another for the end."""
+
+    def __init__(self) -> None:
+        self.first = asyncio.Event()
+        self.again = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+
+    def _on_signal(self) -> None:
+        (self.again if self.first.is_set() else self.first).set()
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals stay ours: uvicorn's handlers would close the listener before the drain."""
+        yield
+
+
+async def serve(
+    settings: Settings,
+    keys: ApiKeys,
+    listener: socket.socket,
+    engine: EngineClient,
+    load_tokenizer: LoadTokenizer = lambda settings: Tokenizer.load(settings.model_path),
+) -> int:
+    """Serve on `listener` until a signal or the engine's end; the engine has been started. Returns the exit code."""
+    signals = Signals()
+    app = create_app(settings, engine, keys)
+    services: Services = app.state.services
+    server = _Server(_uvicorn_config(app, settings))
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    starting = asyncio.create_task(_start(services, load_tokenizer, listener))
+    try:
+        return await _watch(services, starting, serving, signals)
+    finally:
+        starting.cancel()
+        server.should_exit = True
+        await asyncio.gather(engine.close(), serving)
+
+
+async def _start(services: Services, load_tokenizer: LoadTokenizer, listener: socket.socket) -> None:
+    """Wait for engine and tokenizer, then say how to use them. Raises StartupError."""
+    try:
+        _, tokenizer = await asyncio.gather(
+            services.engine.wait_ready(), asyncio.to_thread(load_tokenizer, services.settings)
+        )
+    except EngineUnavailableError as error:
+        raise StartupError(services.engine.fault or str(error)) from None
+    except QuillError as error:
+        raise StartupError(str(error)) from None
+    services.set_tokenizer(tokenizer)
+    print(greeting(services, listener), flush=True)
+
+
+async def _watch(
+    services: Services, starting: asyncio.Task[None], serving: asyncio.Task[None], signals: Signals
+) -> int:
+    """Wait for a signal, a failed start or the engine's death, and see it through."""
+    while True:
+        if starting.done() and (error := starting.exception()) is not None:
+            return _failed_start(error)
+        if signals.first.is_set():
+            await drain(services, signals)
+            return EXIT_ENGINE if services.engine.state == "dead" else EXIT_OK
+        if services.engine.state == "dead" and starting.done():
+            logger.error("the engine died: %s", services.engine.fault)
+            await _wait_any(LAST_ANSWERS_SECONDS, services.lifecycle.idle)
+            await asyncio.sleep(LAST_ANSWERS_SECONDS)
+            return EXIT_ENGINE
+        if serving.done():
+            logger.error("the HTTP server stopped on its own")
+            return EXIT_ENGINE
+        await asyncio.wait({starting} if not starting.done() else {serving}, timeout=POLL_SECONDS)
+
+
+def _failed_start(error: BaseException) -> int:
+    if not isinstance(error, StartupError):
+        raise error
+    print(f"quill: error: {error}", file=sys.stderr, flush=True)
+    return EXIT_ENGINE
+
+
+async def drain(services: Services, signals: Signals) -> None:
+    """Refuse new requests at once, let the running ones finish in time, then end the rest with an error.
+
+    The listener stays open throughout, so that balancers and late clients get a 503 and not a refused connection.
+    """
+    settings, lifecycle = services.settings, services.lifecycle
+    lifecycle.draining = True
+    logger.info("draining: %d requests in flight", lifecycle.num_active)
+    await _wait_any(settings.drain_delay, signals.again)
+    await _wait_any(settings.drain_timeout, lifecycle.idle, signals.again)
+    if lifecycle.num_active:
+        logger.warning("ending %d requests that did not finish in time", lifecycle.num_active)
+        lifecycle.interrupt_all()
+        await _wait_any(LAST_ANSWERS_SECONDS, lifecycle.idle)
+
+
+async def _wait_any(seconds: float, *events: asyncio.Event) -> None:
+    """Wait for the first of the events, but no longer than `seconds`."""
+    waits = [asyncio.create_task(event.wait()) for event in events]
+    await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()
+
+
+def _uvicorn_config(app: object, settings: Settings) -> uvicorn.Config:
+    limits = ConnectionLimits(settings.request_timeout, settings.write_timeout, settings.max_connections)
+    return uvicorn.Config(
+        app,  # type: ignore[arg-type]
+        http=guarded_protocol(limits),
+        ws="none",
+        lifespan="off",
+        interface="asgi3",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=settings.keep_alive_timeout,  # type: ignore[arg-type]
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+    )
+
+
+def greeting(services: Services, listener: socket.socket) -> str:
+    """Where the server listens, and one line to paste that streams text from it."""
+    host, port = listener.getsockname()[:2]
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    key = " -H 'Authorization: Bearer KEY'" if services.settings.api_key_file else ""
+    return (
+        f"Quill serves {services.models[0]} on http://{shown}:{port}. Try it:\n"
+        f"curl -N http://{shown}:{port}/generate -H 'Content-Type: application/json'{key}"
+        """ -d '{"prompt": "To be, or not to be", "max_tokens": 100, "stream": true}'"""
+    )
+
+
+def allow_many_connections() -> None:
+    """Raise the soft limit on open files to the hard one: each connection takes a file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

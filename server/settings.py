@@ -1,0 +1,152 @@
+"""Settings: one model for the command line and for QUILL_… environment variables (the command line wins)."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
+
+from server.engine.config import EngineConfig
+
+BUNDLED_MODEL = "shakespeare"
+MIB = 1 << 20
+
+
+class UsageError(Exception):
+    """A mistake in the command line, the environment or the files they name; one sentence for the operator."""
+
+
+def _split(value: object) -> object:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _positive(value: ByteSize) -> ByteSize:
+    if value < 1:
+        raise ValueError("must be a size above zero such as 2GiB")
+    return value
+
+
+Names = Annotated[list[str], NoDecode, BeforeValidator(_split)]
+Size = Annotated[ByteSize, AfterValidator(_positive)]
+
+
+class Settings(BaseSettings):
+    """Everything an operator can set. Sizes take units (`2GiB`); lists take commas or repeated options."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="QUILL_",
+        cli_prog_name="python -m server",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_avoid_json=True,
+        cli_hide_none_type=True,
+        cli_exit_on_error=False,
+        frozen=True,
+    )
+
+    model: Annotated[list[Path], NoDecode, BeforeValidator(_split)] = Field(
+        default=[], description="checkpoint folder; without it the bundled checkpoint is served"
+    )
+    served_model_name: str | None = Field(None, min_length=1, max_length=200, description="default: the folder's name")
+    host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
+    port: int = Field(8000, ge=0, le=65_535, description="port to listen on; 0 picks a free one")
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="the weights' precision")
+    quantization: Literal["none", "int8"] = Field("none", description="weight quantisation")
+    attention_backend: str = Field("auto", description="attention kernels")
+    num_threads: int | None = Field(None, ge=1, description="torch's threads; default: torch's own choice")
+    max_num_seqs: int | None = Field(None, ge=1, description="sequences that run at once")
+    max_num_batched_tokens: int | None = Field(None, ge=1, description="tokens in one step")
+    kv_cache_memory: Size | None = Field(None, description="memory for the KV cache, such as 2GiB")
+    block_size: int = Field(16, ge=1, le=1024, description="tokens in a KV block")
+    prefix_caching: bool = Field(True, description="reuse the KV blocks of equal prefixes")
+    max_queued_requests: int = Field(256, ge=1, description="sequences that may wait before clients get 429")
+
+    api_key_file: Path | None = Field(None, description="file with one API key a line; # starts a comment")
+    allowed_hosts: Names = Field(default=[], description="further Host names to answer for; * for any")
+    cors_origins: Names = Field(default=[], description="browser origins to allow; none by default")
+    max_body_size: Size = Field(ByteSize(MIB), description="largest request body")
+    max_connections: int = Field(4096, ge=1, description="open connections")
+    request_timeout: float = Field(15.0, gt=0, le=3600, description="seconds a request may take to arrive")
+    keep_alive_timeout: float = Field(30.0, gt=0, le=3600, description="seconds an idle connection stays open")
+    write_timeout: float = Field(60.0, gt=0, le=86_400, description="seconds a client may leave its stream unread")
+    ping_interval: float = Field(15.0, gt=0, le=3600, description="seconds of silence before a stream gets a ping")
+    health_timeout: float = Field(15.0, gt=0, description="seconds of engine silence before /health gives 503")
+
+    drain_delay: float = Field(0.0, ge=0, le=3600, description="seconds between SIGTERM and the end of listening")
+    drain_timeout: float = Field(30.0, ge=0, le=86_400, description="seconds that running requests get to finish")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severity to log")
+    log_format: Literal["text", "json"] = Field("text", description="form of the log lines")
+
+    @field_validator("model")
+    @classmethod
+    def _one_model(cls, value: list[Path]) -> list[Path]:
+        if len(value) > 1:
+            raise ValueError("serves one model for now: give it once")
+        return value
+
+    @property
+    def model_path(self) -> Path:
+        return self.model[0] if self.model else bundled_model_path()
+
+    @property
+    def model_name(self) -> str:
+        """The name that clients use."""
+        return self.served_model_name or self.model_path.resolve().name or BUNDLED_MODEL
+
+    def engine_config(self) -> EngineConfig:
+        return EngineConfig(
+            model_path=str(self.model_path),
+            model_name=self.model_name,
+            device=self.device,
+            dtype=self.dtype,
+            quantization=self.quantization,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            kv_cache_memory=self.kv_cache_memory,
+            block_size=self.block_size,
+            prefix_caching=self.prefix_caching,
+            attention_backend=self.attention_backend,
+            num_threads=self.num_threads,
+        )
+
+
+def bundled_model_path() -> Path:
+    """The checkpoint that ships inside the model package."""
+    spec = importlib.util.find_spec("model")
+    origin = spec.origin if spec is not None else None
+    assert origin is not None, "the model package is part of this project"
+    return Path(origin).parent / "data" / BUNDLED_MODEL
+
+
+def load_settings(argv: list[str]) -> Settings:
+    """Settings from the command line and the environment. Raises UsageError with one sentence."""
+    make: Any = Settings
+    try:
+        settings: Settings = make(_cli_parse_args=argv)
+    except ValidationError as error:
+        raise UsageError(_sentence(error)) from None
+    except SettingsError as error:
+        raise UsageError(str(error).removeprefix("error parsing CLI: ")) from None
+    _check_model_folder(settings.model_path)
+    return settings
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_input=False)[0]
+    name = str(first["loc"][0]) if first["loc"] else "settings"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"--{name.replace('_', '-')} (QUILL_{name.upper()}): {message[:1].lower()}{message[1:]}"
+
+
+def _check_model_folder(folder: Path) -> None:
+    if not folder.exists():
+        raise UsageError(f"--model: {folder} does not exist; give the folder of a checkpoint")
+    if not folder.is_dir():
+        raise UsageError(f"--model: {folder} is not a folder; give the folder that holds config.json")
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"--model: {folder} holds no config.json; give a Hugging Face checkpoint folder")
