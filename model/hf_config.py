@@ -40,6 +40,7 @@ _ACTIVATION_NAMES = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu", "s
 _MAX_LAYERS = 1_024
 _MAX_WIDTH = 2**20
 _MAX_POSITIONS = 2**21
+_MAX_VOCABULARY = 2**24
 
 
 def load_config(folder: str | Path) -> ModelConfig:
@@ -112,23 +113,23 @@ def _read_gpt(fields: JsonFields, architecture: Architecture) -> ModelConfig:
         _require(fields, "scale_attn_weights", expected=True)
         _require(fields, "scale_attn_by_inverse_layer_idx", expected=False)
         _require(fields, "add_cross_attention", expected=False)
-    hidden = fields.integer("n_embd", maximum=_MAX_WIDTH)
-    heads = fields.integer("n_head", maximum=_MAX_WIDTH)
-    if heads < 1 or hidden % heads:
+    hidden = _size(fields, "n_embd")
+    heads = _size(fields, "n_head")
+    if hidden % heads:
         fields.fail("n_embd", "must be a multiple of n_head")
-    inner = fields.integer("n_inner", 4 * hidden, maximum=_MAX_WIDTH) if is_gpt2 else 4 * hidden
-    vocab_size = fields.integer("vocab_size")
+    inner = _size(fields, "n_inner", 4 * hidden) if is_gpt2 else 4 * hidden
+    vocab_size = _size(fields, "vocab_size", maximum=_MAX_VOCABULARY)
     default_token = 50_256 if is_gpt2 else None
     return ModelConfig(
         architecture=architecture,
         vocab_size=vocab_size,
         hidden_size=hidden,
-        num_layers=fields.integer("n_layer", maximum=_MAX_LAYERS),
+        num_layers=_size(fields, "n_layer", maximum=_MAX_LAYERS),
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=hidden // heads,
         intermediate_size=inner,
-        max_seq_len=fields.integer("n_positions", maximum=_MAX_POSITIONS),
+        max_seq_len=_size(fields, "n_positions", maximum=_MAX_POSITIONS),
         norm_eps=fields.number("layer_norm_epsilon", 1e-5),
         norm_first=is_gpt2,
         activation=_activation(fields, "activation_function", "gelu_new", _ACTIVATIONS) if is_gpt2
@@ -141,13 +142,16 @@ def _read_gpt(fields: JsonFields, architecture: Architecture) -> ModelConfig:
 
 
 def _read_llama(fields: JsonFields, architecture: Architecture) -> ModelConfig:
-    hidden = fields.integer("hidden_size", maximum=_MAX_WIDTH)
-    heads = fields.integer("num_attention_heads", maximum=_MAX_WIDTH)
-    vocab_size = fields.integer("vocab_size")
-    max_seq_len = fields.integer("max_position_embeddings", maximum=_MAX_POSITIONS)
+    hidden = _size(fields, "hidden_size")
+    heads = _size(fields, "num_attention_heads")
+    vocab_size = _size(fields, "vocab_size", maximum=_MAX_VOCABULARY)
+    max_seq_len = _size(fields, "max_position_embeddings", maximum=_MAX_POSITIONS)
     theta, scaling = _read_rope(fields, max_seq_len)
     if architecture != "llama" and "num_key_value_heads" not in fields:
         fields.fail("num_key_value_heads", "is missing")  # the class defaults differ and fit no small model
+    kv_heads = _size(fields, "num_key_value_heads", heads)
+    if heads % kv_heads:
+        fields.fail("num_key_value_heads", "must divide num_attention_heads")
     attention_bias = architecture in ("llama", "qwen3") and fields.boolean("attention_bias", False)
     mlp_bias = architecture == "llama" and fields.boolean("mlp_bias", False)
     bos, eos = (1, 2) if architecture in ("llama", "mistral") else (None, None)
@@ -155,11 +159,11 @@ def _read_llama(fields: JsonFields, architecture: Architecture) -> ModelConfig:
         architecture=architecture,
         vocab_size=vocab_size,
         hidden_size=hidden,
-        num_layers=fields.integer("num_hidden_layers", maximum=_MAX_LAYERS),
+        num_layers=_size(fields, "num_hidden_layers", maximum=_MAX_LAYERS),
         num_heads=heads,
-        num_kv_heads=fields.integer("num_key_value_heads", heads, maximum=_MAX_WIDTH),
+        num_kv_heads=kv_heads,
         head_dim=_head_dim(fields, architecture, hidden, heads),
-        intermediate_size=fields.integer("intermediate_size", maximum=_MAX_WIDTH),
+        intermediate_size=_size(fields, "intermediate_size"),
         max_seq_len=max_seq_len,
         norm="rmsnorm",
         norm_eps=fields.number("rms_norm_eps", 1e-6),
@@ -179,6 +183,10 @@ def _read_llama(fields: JsonFields, architecture: Architecture) -> ModelConfig:
         bos_token_id=_token_id(fields, "bos_token_id", bos, vocab_size),
         eos_token_id=_eos_token_id(fields, eos, vocab_size),
     )
+
+
+def _size(fields: JsonFields, name: str, default: int | None = None, *, maximum: int = _MAX_WIDTH) -> int:
+    return fields.integer(name, default, minimum=1, maximum=maximum)
 
 
 def _require(fields: JsonFields, name: str, *, expected: bool) -> None:
@@ -218,10 +226,10 @@ def _eos_token_id(fields: JsonFields, default: int | None, vocab_size: int) -> i
 
 def _head_dim(fields: JsonFields, architecture: Architecture, hidden: int, heads: int) -> int:
     if fields.has("head_dim"):
-        return fields.integer("head_dim", maximum=_MAX_WIDTH)
+        return _size(fields, "head_dim")
     if architecture == "qwen3":
         return 128
-    if heads < 1 or hidden % heads:
+    if hidden % heads:
         fields.fail("hidden_size", "must be a multiple of num_attention_heads where head_dim is not given")
     return hidden // heads
 
@@ -233,18 +241,21 @@ def _sliding_window(fields: JsonFields, architecture: Architecture) -> int | Non
     if architecture == "mistral":
         if "sliding_window" in fields and not fields.has("sliding_window"):
             return None
-        return fields.integer("sliding_window", 4_096)
+        return fields.integer("sliding_window", 4_096, minimum=1)
     if not fields.boolean("use_sliding_window", False) or not fields.has("sliding_window"):
         return None
     kinds = fields.value("layer_types")
     if not isinstance(kinds, list):
-        first, num_layers = fields.integer("max_window_layers", 28), fields.integer("num_hidden_layers")
+        first, num_layers = (
+            fields.integer("max_window_layers", 28),
+            _size(fields, "num_hidden_layers", maximum=_MAX_LAYERS),
+        )
         kinds = ["full_attention"] * min(first, num_layers) + ["sliding_attention"] * max(num_layers - first, 0)
     if all(kind == "full_attention" for kind in kinds):
         return None
     if any(kind != "sliding_attention" for kind in kinds):
         fields.fail("layer_types", "must be the same for all layers: mixed windows are not supported")
-    return fields.integer("sliding_window")
+    return fields.integer("sliding_window", minimum=1)
 
 
 def _read_rope(fields: JsonFields, max_seq_len: int) -> tuple[float, RopeScaling | None]:

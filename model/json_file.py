@@ -59,10 +59,10 @@ class JsonFields:
         """The value as it is; `null` and absent are both None."""
         return self._values.get(name)
 
-    def integer(self, name: str, default: int | None = None, *, maximum: int = 2**31 - 1) -> int:
+    def integer(self, name: str, default: int | None = None, *, minimum: int = 0, maximum: int = 2**31 - 1) -> int:
         value = self._present(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= maximum:
-            self.fail(name, f"must be an integer between 0 and {maximum}")
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+            self.fail(name, f"must be an integer between {minimum} and {maximum}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
