@@ -21,16 +21,14 @@ RUN python3 -m venv /opt/quill
 COPY pyproject.toml constraints.txt ./
 RUN python3 -c "import tomllib; t = tomllib.load(open('pyproject.toml', 'rb')); print(*t['build-system']['requires'], *t['project']['dependencies'], sep='\n')" > requirements.txt \
     && /opt/quill/bin/pip install --no-cache-dir -c constraints.txt -r requirements.txt
-COPY README.md LICENSE ./
-COPY model model
-COPY server server
-COPY training training
+COPY . .
 RUN /opt/quill/bin/pip install --no-cache-dir --no-deps --no-build-isolation .
 
 FROM base
 RUN useradd --uid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin quill \
-    && mkdir /models && chown quill:quill /models
+    && mkdir /models /data && chown quill:quill /models /data
 COPY --from=build /opt/quill /opt/quill
+COPY training/configs /recipes
 # Everything that writes goes to /tmp, so that the root may be read-only. /tmp must allow execution (`exec` for a
 # tmpfs): compiled kernels are loaded from there.
 ENV PATH=/opt/quill/bin:$PATH \
@@ -45,7 +43,7 @@ ENV PATH=/opt/quill/bin:$PATH \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     QUILL_HOST=0.0.0.0 \
     QUILL_PORT=8000
-VOLUME /models
+VOLUME ["/models", "/data"]
 WORKDIR /models
 EXPOSE 8000
 USER 10001:10001

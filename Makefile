@@ -17,7 +17,7 @@ help: ## what each target does
 
 install: $(STAMP) ## create .venv with everything in it
 
-$(STAMP): pyproject.toml constraints.txt $(wildcard model/native/*.c)
+$(STAMP): pyproject.toml constraints.txt $(wildcard model/native/*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Quill needs Python 3.11 or newer: make PYTHON=python3.11")'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet -c constraints.txt -e '.[dev]'
