@@ -87,6 +87,7 @@ class NativeBackend:
         _, num_heads, head_dim = q.shape
         q, k, v = _dense_heads(q), _dense_heads(k), _dense_heads(v)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        out[metadata.num_tokens :] = 0
         step = _AttentionStep(
             q.data_ptr(),
             k.data_ptr(),

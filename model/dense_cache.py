@@ -62,6 +62,7 @@ class DenseKVCache:
             context_lens=torch.full((batch_size,), end, dtype=torch.int32, device=device),
             block_tables=self.block_tables,
             slot_mapping=slots.flatten(),
+            num_tokens=batch_size * num_tokens,
             max_query_len=num_tokens,
             max_context_len=end,
         )

@@ -22,13 +22,15 @@ class AttentionMetadata:
 
     cu_seqlens_q int32 [B + 1]: query offsets of the sequences; context_lens int32 [B]: tokens of each sequence
     including this step's; block_tables int32 [B, max blocks]; slot_mapping int64 [N]: the cache slot (block times
-    block size plus offset) of each query token, -1 for padding tokens, whose output is undefined.
+    block size plus offset) of each query token, -1 for padding tokens, whose output is zero. `num_tokens` counts the
+    query tokens without padding.
     """
 
     cu_seqlens_q: Tensor
     context_lens: Tensor
     block_tables: Tensor
     slot_mapping: Tensor
+    num_tokens: int
     max_query_len: int
     max_context_len: int
 

@@ -1,0 +1,263 @@
+"""AsyncEngine: the asyncio side of the process boundary. Imports no torch."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+
+import msgspec
+
+from model.sampling_params import SamplingParams
+from server.engine.channel import FrameSplitter, frame
+from server.engine.config import EngineConfig
+from server.engine.interface import EngineRequestError, EngineState, EngineUnavailableError, QueueFullError
+from server.engine.messages import (
+    AbortRequests,
+    AddRequest,
+    EngineFault,
+    EngineInfo,
+    EngineOutput,
+    EngineStats,
+    SequenceOutput,
+    Shutdown,
+    StepOutput,
+)
+
+logger = logging.getLogger(__name__)
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(EngineOutput)
+_SHUTDOWN_SECONDS = 5.0
+_LOADING_RETRY_SECONDS = 5
+_MAX_RETRY_SECONDS = 60
+# Finished requests whose rate predicts how long a queue takes.
+_RATE_WINDOW = 64
+
+
+class EngineStream:
+    """One request's outputs; see RequestStream. Iterated by one consumer."""
+
+    def __init__(self, engine: AsyncEngine, request_id: int) -> None:
+        self.request_id = request_id
+        self._engine = engine
+        self._pending: SequenceOutput | None = None
+        self._error: EngineRequestError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._ended = False
+
+    def __aiter__(self) -> AsyncIterator[SequenceOutput]:
+        return self
+
+    async def __anext__(self) -> SequenceOutput:
+        while self._pending is None:
+            if self._error is not None:
+                raise self._error
+            if self._ended:
+                raise StopAsyncIteration
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        output, self._pending = self._pending, None
+        if output.finish_reason == "error":
+            raise EngineRequestError("the engine gave up on the request")
+        return output
+
+    def abort(self) -> None:
+        if not self._ended:
+            self._engine.abort(self.request_id)
+            self._end()
+
+    def push(self, output: SequenceOutput) -> None:
+        self._pending = output if self._pending is None else _merge(self._pending, output)
+        self._ended = output.finish_reason is not None
+        self._wake()
+
+    def fail(self, error: EngineRequestError) -> None:
+        self._error = error
+        self._end()
+
+    def _end(self) -> None:
+        self._ended = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+def _merge(first: SequenceOutput, second: SequenceOutput) -> SequenceOutput:
+    logprobs = None
+    if first.logprobs is not None or second.logprobs is not None:
+        logprobs = [*(first.logprobs or ()), *(second.logprobs or ())]
+    return msgspec.structs.replace(second, token_ids=[*first.token_ids, *second.token_ids], logprobs=logprobs)
+
+
+class AsyncEngine(asyncio.Protocol):
+    """Starts the engine's process and speaks with it; implements EngineClient.
+
+    At most `max_queued_requests` sequences wait beyond the `max_num_seqs` that run.
+    """
+
+    def __init__(self, config: EngineConfig, max_queued_requests: int) -> None:
+        self._config = config
+        self._max_queued = max_queued_requests
+        self._state: EngineState = "loading"
+        self._fault: str | None = None
+        self._info: EngineInfo | None = None
+        self._stats = EngineStats()
+        self._last_heard = time.monotonic()
+        self._streams: dict[int, EngineStream] = {}
+        self._next_id = 0
+        self._finish_times: deque[float] = deque(maxlen=_RATE_WINDOW)
+        self._splitter = FrameSplitter()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._transport: asyncio.WriteTransport | None = None
+        self._ready = asyncio.Event()
+        self._closing = False
+
+    @property
+    def state(self) -> EngineState:
+        return self._state
+
+    @property
+    def fault(self) -> str | None:
+        return self._fault
+
+    @property
+    def info(self) -> EngineInfo | None:
+        return self._info
+
+    @property
+    def stats(self) -> EngineStats:
+        return self._stats
+
+    @property
+    def last_heard(self) -> float:
+        return self._last_heard
+
+    async def start(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "server.engine.process", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                # Its own session, so that Ctrl+C reaches only us and we decide when it ends.
+                start_new_session=True,
+            )
+        ours.setblocking(False)
+        await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=ours)
+        self._send(_encoder.encode(self._config))
+
+    async def wait_ready(self) -> None:
+        await self._ready.wait()
+        if self._state == "dead":
+            raise EngineUnavailableError(self._fault or "the engine is down", _LOADING_RETRY_SECONDS)
+
+    def submit(
+        self, prompt_token_ids: list[int], params: SamplingParams, deadline: float | None = None
+    ) -> EngineStream:
+        self.check_admission(1)
+        now = time.monotonic()
+        if deadline is not None and now + self._queue_seconds(1) > deadline:
+            raise QueueFullError(self._retry_after())
+        request_id = self._next_id
+        self._next_id += 1
+        stream = EngineStream(self, request_id)
+        self._streams[request_id] = stream
+        self._send(_encoder.encode(AddRequest(request_id, prompt_token_ids, params, now, deadline)))
+        return stream
+
+    def check_admission(self, num_sequences: int) -> None:
+        if self._state != "ready":
+            raise EngineUnavailableError(self._fault or "the engine is loading", _LOADING_RETRY_SECONDS)
+        if self._num_queued(num_sequences) > self._max_queued:
+            raise QueueFullError(self._retry_after())
+
+    def abort(self, request_id: int) -> None:
+        if self._streams.pop(request_id, None) is not None and self._state == "ready":
+            self._send(_encoder.encode(AbortRequests([request_id])))
+
+    async def close(self) -> None:
+        self._closing = True
+        process = self._process
+        if self._transport is not None:
+            self._send(_encoder.encode(Shutdown()))
+            self._transport.close()
+        if process is not None:
+            try:
+                await asyncio.to_thread(process.wait, _SHUTDOWN_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                await asyncio.to_thread(process.wait)
+        self._die("the engine was closed")
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.WriteTransport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._last_heard = time.monotonic()
+        for message in self._splitter.feed(data):
+            output = _decoder.decode(message)
+            if isinstance(output, StepOutput):
+                self._take_step(output)
+            elif isinstance(output, EngineInfo):
+                self._info = output
+                self._state = "ready"
+                self._ready.set()
+            elif isinstance(output, EngineFault):
+                self._die(output.message)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        self._die("the engine's process ended")
+
+    def _take_step(self, step: StepOutput) -> None:
+        self._stats = step.stats
+        for output in step.outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is None:
+                continue
+            if output.finish_reason is not None:
+                del self._streams[output.request_id]
+                self._finish_times.append(self._last_heard)
+            stream.push(output)
+
+    def _die(self, reason: str) -> None:
+        if self._state == "dead":
+            return
+        self._state = "dead"
+        self._fault = reason
+        if not self._closing:
+            logger.error("engine down: %s", reason)
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream.fail(EngineRequestError("the engine is down"))
+        self._ready.set()
+
+    def _send(self, payload: bytes) -> None:
+        if self._transport is not None:
+            self._transport.write(frame(payload))
+
+    def _num_queued(self, more: int = 0) -> int:
+        """Sequences beyond those that can run at once."""
+        seats = 0 if self._info is None else self._info.max_num_seqs
+        return max(0, len(self._streams) + more - seats)
+
+    def _queue_seconds(self, more: int = 0) -> float:
+        """How long a new request would wait for its turn, from the rate at which requests have ended lately."""
+        times = self._finish_times
+        queued = self._num_queued(more)
+        if queued == 0 or len(times) < 2 or times[-1] <= times[0]:
+            return 0.0
+        return queued * (times[-1] - times[0]) / (len(times) - 1)
+
+    def _retry_after(self) -> int:
+        return min(_MAX_RETRY_SECONDS, max(1, math.ceil(self._queue_seconds(1))))

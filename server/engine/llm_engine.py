@@ -1,0 +1,181 @@
+"""LLMEngine: requests in, tokens out, one step at a time. Synchronous; knows token ids only."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from pathlib import Path
+
+import torch
+
+from model.manifest import read_manifest, weights_digest
+from server.engine.block_manager import BlockManager
+from server.engine.config import EngineConfig
+from server.engine.messages import (
+    AddRequest,
+    EngineInfo,
+    EngineStats,
+    ModelInfo,
+    RequestTimings,
+    SequenceOutput,
+    StepOutput,
+    TokenLogprobs,
+)
+from server.engine.model_runner import ModelRunner, RunOutput
+from server.engine.scheduler import ScheduledBatch, Scheduler
+from server.engine.sequence import InvalidSequenceError, Sequence
+
+logger = logging.getLogger(__name__)
+
+
+class LLMEngine:
+    """The scheduler and the model runner of one checkpoint.
+
+    Raises QuillError (ConfigError, CheckpointError, …) for a folder or a setting that cannot be run.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        started = time.monotonic()
+        self.config = config
+        self.runner = ModelRunner(config)
+        limits = self.runner.limits
+        self.block_manager = BlockManager(limits.num_blocks, limits.block_size, config.prefix_caching)
+        self.scheduler = Scheduler(
+            self.block_manager, limits.max_num_seqs, limits.max_num_batched_tokens, limits.max_model_len
+        )
+        self.info = self._describe(time.monotonic() - started)
+
+    @property
+    def has_unfinished(self) -> bool:
+        return self.scheduler.has_unfinished
+
+    def add(self, request: AddRequest) -> None:
+        """Queue a request. Raises InvalidSequenceError, naming the field, for one that cannot be run."""
+        vocab_size = self.runner.model_config.vocab_size
+        ids = request.prompt_token_ids
+        if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+            raise InvalidSequenceError(f"prompt holds a token id outside 0 … {vocab_size - 1}")
+        if any(not 0 <= token_id < vocab_size for token_id in request.params.logit_bias):
+            raise InvalidSequenceError(f"logit_bias holds a token id outside 0 … {vocab_size - 1}")
+        self.scheduler.add(
+            Sequence(
+                request.request_id,
+                ids,
+                request.params,
+                self.runner.model_config.eos_token_ids,
+                self.scheduler.max_model_len,
+                request.arrival_time,
+                request.deadline,
+            )
+        )
+
+    def abort(self, request_id: int) -> None:
+        """End a request in any state; its blocks are free at once. Harmless for unknown ids."""
+        self.scheduler.abort(request_id)
+
+    def step(self) -> StepOutput:
+        """Run one step. Requests that ended or got tokens are in its outputs."""
+        started = time.perf_counter()
+        batch = self.scheduler.schedule()
+        outputs = [_finished_output(seq) for seq in batch.expired]
+        if not batch.is_empty:
+            outputs += self._run(batch)
+        return StepOutput(outputs, self.stats(), batch.num_tokens, time.perf_counter() - started)
+
+    def stats(self) -> EngineStats:
+        scheduler, blocks = self.scheduler, self.block_manager
+        return EngineStats(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_blocks=blocks.num_blocks,
+            num_free_blocks=blocks.num_free_blocks,
+            num_steps=scheduler.num_steps,
+            num_preemptions=scheduler.num_preemptions,
+            prompt_tokens=scheduler.prompt_tokens,
+            generation_tokens=scheduler.generation_tokens,
+            prefix_cache_queries=blocks.prefix_cache_queries,
+            prefix_cache_hits=blocks.prefix_cache_hits,
+        )
+
+    def _run(self, batch: ScheduledBatch) -> list[SequenceOutput]:
+        try:
+            result = self.runner.run(batch)
+        except (torch.OutOfMemoryError, MemoryError):
+            logger.exception("a step of %d tokens ran out of memory; its requests are ended", batch.num_tokens)
+            return self._give_up(batch)
+        samples = iter(range(len(result.token_ids)))
+        row_of = {
+            seq.request_id: next(samples)
+            for seq, wanted in zip(batch.sequences, batch.needs_sample, strict=True)
+            if wanted
+        }
+        return [
+            _output(seq, tokens, finished, _row_logprobs(result, row_of, seq))
+            for seq, tokens, finished in self.scheduler.update(batch, list(result.token_ids))
+        ]
+
+    def _give_up(self, batch: ScheduledBatch) -> list[SequenceOutput]:
+        self.runner.forget_sampling()
+        for seq in batch.sequences:
+            self.scheduler.abort(seq.request_id, "error")
+        return [_finished_output(seq) for seq in batch.sequences]
+
+    def _describe(self, load_seconds: float) -> EngineInfo:
+        runner, limits, folder = self.runner, self.runner.limits, Path(self.config.model_path)
+        digest = weights_digest(folder)
+        manifest = read_manifest(folder)
+        model = ModelInfo(
+            name=self.config.model_name,
+            config=dataclasses.asdict(runner.model_config),
+            num_parameters=runner.num_parameters,
+            weights_digest=digest,
+            provenance={"weights": digest} if manifest is None else manifest.describe(),
+        )
+        return EngineInfo(
+            models=[model],
+            device=runner.device.type,
+            device_name=runner.device_name,
+            dtype=str(runner.dtype).removeprefix("torch."),
+            attention_backend=runner.backend.name,
+            block_size=limits.block_size,
+            num_blocks=limits.num_blocks,
+            max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+            max_model_len=limits.max_model_len,
+            torch_version=torch.__version__,
+            load_seconds=load_seconds,
+        )
+
+
+def _row_logprobs(result: RunOutput, row_of: dict[int, int], seq: Sequence) -> list[TokenLogprobs] | None:
+    row = row_of.get(seq.request_id)
+    return None if row is None else result.logprobs[row]
+
+
+def _output(
+    seq: Sequence, token_ids: list[int], finished: bool, logprobs: list[TokenLogprobs] | None
+) -> SequenceOutput:
+    return SequenceOutput(
+        request_id=seq.request_id,
+        token_ids=token_ids,
+        finish_reason=seq.finish_reason if finished else None,
+        stop_token_id=seq.stop_token_id,
+        cached_tokens=seq.cached_tokens,
+        logprobs=logprobs,
+        timings=_timings(seq) if finished else None,
+    )
+
+
+def _finished_output(seq: Sequence) -> SequenceOutput:
+    return _output(seq, [], True, None)
+
+
+def _timings(seq: Sequence) -> RequestTimings:
+    return RequestTimings(
+        arrival=seq.arrival_time,
+        first_scheduled=seq.first_scheduled,
+        first_token=seq.first_token,
+        finished=seq.finished,
+        num_preemptions=seq.num_preemptions,
+    )

@@ -1,0 +1,147 @@
+"""ModelRunner: the weights, the cache and the sampler on one device; runs a scheduled batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from model.backends import select_backend
+from model.checkpoint import load_config, load_model
+from model.errors import TokenizerError
+from model.kv_cache import PagedKVCache, bytes_per_block
+from model.paged_attention import PagedBatch
+from model.sampling import Sampler, SamplingBatch, SamplingRow
+from model.sampling_logprobs import Logprobs
+from model.tokenizer import Tokenizer
+from server.engine.config import EngineConfig
+from server.engine.cuda_graph import CUDAGraphRunner
+from server.engine.messages import TokenLogprobs
+from server.engine.scheduler import ScheduledBatch
+from server.engine.sequence import Sequence
+from server.engine.sizing import resolve_device, resolve_dtype, resolve_limits
+from server.engine.step_inputs import InputBuilder, StepInputs
+
+
+@dataclass(frozen=True, slots=True)
+class RunOutput:
+    """One entry per row of the batch that needed a sample, in order."""
+
+    token_ids: list[int]
+    logprobs: list[list[TokenLogprobs] | None]
+
+
+class ModelRunner:
+    """Loads the checkpoint and owns everything on the device.
+
+    Raises ConfigError or CheckpointError for a folder or a setting that cannot be run.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        folder = Path(config.model_path)
+        self.device = resolve_device(config.device)
+        self.dtype = resolve_dtype(config.dtype, self.device)
+        self.model_config = load_config(folder)
+        self.backend = select_backend(config.attention_backend, self.model_config, self.device, self.dtype)
+        self.model = load_model(folder, dtype=self.dtype, device=self.device)
+        self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        if self.device.type == "cpu":
+            self.model.pack_for_cpu()
+        block_bytes = bytes_per_block(self.model_config, self.backend.block_shape, config.block_size, self.dtype)
+        self.limits = resolve_limits(config, self.model_config, self.device, block_bytes)
+        self.cache = PagedKVCache.allocate(
+            self.model_config,
+            self.backend.block_shape,
+            num_blocks=self.limits.num_blocks,
+            block_size=self.limits.block_size,
+            dtype=self.dtype,
+            device=self.device,
+        )
+        self.sampler = Sampler(
+            self.model_config.vocab_size,
+            valid_vocab_size=_tokenizer_size(folder),
+            eos_token_ids=self.model_config.eos_token_ids,
+            device=self.device,
+        )
+        max_blocks = -(-self.limits.max_model_len // self.limits.block_size)
+        self._inputs = InputBuilder(self.limits.max_num_seqs, max_blocks, self.limits.block_size, self.device)
+        self._sampling: SamplingBatch | None = None
+        self._sampling_key: list[int] = []
+        self._graphs = CUDAGraphRunner.create(self)
+
+    @property
+    def device_name(self) -> str:
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"cpu ({torch.get_num_threads()} threads)"
+
+    @torch.inference_mode()
+    def run(self, batch: ScheduledBatch) -> RunOutput:
+        """Compute the batch's tokens, writing their KV, and sample where a row reaches its sequence's end."""
+        inputs = self._inputs.build(batch)
+        if self._graphs is not None and self._graphs.can_replay(batch):
+            hidden = self._graphs.replay(inputs)
+        else:
+            hidden = self.forward(inputs)
+        sampled = [seq for seq, wanted in zip(batch.sequences, batch.needs_sample, strict=True) if wanted]
+        if not sampled:
+            return RunOutput([], [])
+        logits = self.model.compute_logits(hidden.index_select(0, inputs.sample_rows))
+        sampling = self._sampling_batch(sampled)
+        positions = torch.from_numpy(np.array([seq.num_output_tokens for seq in sampled], dtype=np.int64))
+        output = self.sampler.sample(logits, sampling, positions.to(self.device))
+        sampling.record(output.token_ids)
+        return RunOutput(output.token_ids.tolist(), _logprobs(sampled, output.token_ids, output.logprobs))
+
+    def forward(self, inputs: StepInputs) -> torch.Tensor:
+        """Hidden states [N, D] of a step."""
+        paged = PagedBatch(self.backend, self.cache, inputs.metadata, self.model_config.sliding_window)
+        return self.model.forward_paged(inputs.input_ids, inputs.positions, paged)
+
+    def forget_sampling(self) -> None:
+        """Drop what is remembered of the last batch; a step that failed half-way may have left it out of date."""
+        self._sampling = None
+
+    def _sampling_batch(self, sampled: list[Sequence]) -> SamplingBatch:
+        """The parameters as tensors, built anew only when the batch's composition changes."""
+        key = [seq.request_id for seq in sampled]
+        if self._sampling is None or key != self._sampling_key:
+            rows = [_sampling_row(seq) for seq in sampled]
+            self._sampling, self._sampling_key = self.sampler.build_batch(rows), key
+        return self._sampling
+
+
+def _sampling_row(seq: Sequence) -> SamplingRow:
+    if not seq.params.has_penalties:
+        return SamplingRow(seq.params)
+    return SamplingRow(seq.params, seq.token_ids[: seq.num_prompt_tokens], seq.output_token_ids)
+
+
+def _tokenizer_size(folder: Path) -> int | None:
+    """How many ids the folder's tokenizer knows (a model's vocabulary may be padded), or None without one."""
+    try:
+        return Tokenizer.load(folder).vocab_size
+    except TokenizerError:
+        return None
+
+
+def _logprobs(
+    sampled: list[Sequence], token_ids: torch.Tensor, logprobs: Logprobs | None
+) -> list[list[TokenLogprobs] | None]:
+    if logprobs is None:
+        return [None] * len(sampled)
+    ids, chosen = token_ids.tolist(), logprobs.chosen.tolist()
+    top_ids, top_logprobs = logprobs.top_ids.tolist(), logprobs.top_logprobs.tolist()
+    result: list[list[TokenLogprobs] | None] = []
+    for row, seq in enumerate(sampled):
+        count = seq.params.logprobs
+        if count is None:
+            result.append(None)
+            continue
+        top = list(zip(top_ids[row][:count], top_logprobs[row][:count], strict=True))
+        result.append([TokenLogprobs(ids[row], chosen[row], top)])
+    return result

@@ -1,0 +1,124 @@
+"""The engine's own process, the only one that touches the device: `python -m server.engine.process FD`.
+
+It reads its EngineConfig from the socket FD, answers with EngineInfo (or EngineFault), then takes requests and sends
+one message per step. It ends when the other side does.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import signal
+import socket
+import sys
+import time
+
+import msgspec
+
+from model.errors import QuillError
+from server.engine.channel import SocketChannel
+from server.engine.config import EngineConfig
+from server.engine.llm_engine import LLMEngine
+from server.engine.messages import (
+    AbortRequests,
+    AddRequest,
+    EngineFault,
+    EngineInput,
+    SequenceOutput,
+    Shutdown,
+    StepOutput,
+)
+
+logger = logging.getLogger(__name__)
+
+# An idle engine still says that it lives this often, in seconds.
+_HEARTBEAT = 0.5
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(EngineInput)
+
+
+def main(fd: int) -> int:
+    """Serve until the other side closes or asks to stop; 1 after a fault."""
+    # Signals are the parent's business: it drains, then closes the socket.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    channel = SocketChannel(socket.socket(fileno=fd))
+    try:
+        config = msgspec.msgpack.decode(_first_message(channel), type=EngineConfig)
+        return _run(channel, config)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return 0
+
+
+def _run(channel: SocketChannel, config: EngineConfig) -> int:
+    try:
+        engine = LLMEngine(config)
+    except QuillError as error:
+        channel.send(_encoder.encode(EngineFault(str(error), user_error=True)))
+        return 1
+    except Exception as error:
+        logger.exception("the engine failed to start")
+        channel.send(_encoder.encode(EngineFault(f"{type(error).__name__} while starting", user_error=False)))
+        return 1
+    # What is alive now stays alive: collections need not walk it, and pauses stay short.
+    gc.collect()
+    gc.freeze()
+    channel.send(_encoder.encode(engine.info))
+    try:
+        _serve(channel, engine)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        raise
+    except Exception as error:
+        logger.exception("the engine failed in a step")
+        channel.send(_encoder.encode(EngineFault(f"{type(error).__name__} in a step", user_error=False)))
+        return 1
+    return 0
+
+
+def _serve(channel: SocketChannel, engine: LLMEngine) -> None:
+    """Take what has arrived, run a step, send its output; again."""
+    last_sent = time.monotonic()
+    while True:
+        busy = engine.has_unfinished
+        refused: list[SequenceOutput] = []
+        for message in channel.receive(0.0 if busy else _HEARTBEAT):
+            request = _decoder.decode(message)
+            if isinstance(request, Shutdown):
+                return
+            refused += _take(engine, request)
+        if engine.has_unfinished:
+            output = engine.step()
+            if refused:
+                output = msgspec.structs.replace(output, outputs=refused + output.outputs)
+        elif refused or time.monotonic() - last_sent >= _HEARTBEAT:
+            output = StepOutput(refused, engine.stats())
+        else:
+            continue
+        channel.send(_encoder.encode(output))
+        last_sent = time.monotonic()
+
+
+def _take(engine: LLMEngine, request: AddRequest | AbortRequests) -> list[SequenceOutput]:
+    """Hand a request to the engine; one that it cannot run ends at once, by itself."""
+    if isinstance(request, AbortRequests):
+        for request_id in request.request_ids:
+            engine.abort(request_id)
+        return []
+    try:
+        engine.add(request)
+    except QuillError as error:
+        logger.warning("request %d refused: %s", request.request_id, error)
+        return [SequenceOutput(request.request_id, [], finish_reason="error")]
+    return []
+
+
+def _first_message(channel: SocketChannel) -> bytes:
+    while True:
+        messages = channel.receive(_HEARTBEAT)
+        if messages:
+            return messages[0]
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s engine: %(message)s")
+    sys.exit(main(int(sys.argv[1])))

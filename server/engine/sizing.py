@@ -1,0 +1,95 @@
+"""What the engine decides for itself from the model and the device at hand: device, dtype, limits, cache size."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+
+import torch
+
+from model.config import ModelConfig
+from model.errors import ConfigError
+from server.engine.config import EngineConfig
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_GIB = 1024**3
+# Full contexts that the cache holds unless told otherwise, and the most memory that may take. A small model is to
+# stay small: nobody's card is claimed for traffic that was never announced.
+_CONTEXTS = {"cpu": 16, "cuda": 64}
+_MOST_MEMORY = {"cpu": 1 * _GIB, "cuda": 8 * _GIB}
+# Decoding on the CPU gains little beyond this many sequences; a step of this many prompt tokens takes about a tenth
+# of a second with a 124M model on two cores, which is what a decoding neighbour waits for it.
+_MAX_NUM_SEQS = {"cpu": 64, "cuda": 256}
+_MAX_BATCHED_TOKENS = {"cpu": 512, "cuda": 8192}
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """Resolved sizes; `num_blocks` blocks of `block_size` tokens make up the cache."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    block_size: int
+    num_blocks: int
+
+
+def resolve_device(name: str) -> torch.device:
+    """Raises ConfigError for "cuda" where there is none."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ConfigError("device must be auto, cpu or cuda")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError("device is cuda, but torch finds no CUDA device here; use cpu or auto")
+    return torch.device(name)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """ "auto" is bfloat16 wherever the device computes in it, else float32."""
+    if name != "auto":
+        if name not in _DTYPES:
+            raise ConfigError("dtype must be auto, float32, bfloat16 or float16")
+        return _DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if _cpu_computes_bfloat16() else torch.float32
+
+
+def _cpu_computes_bfloat16() -> bool:
+    if platform.machine() in ("x86_64", "AMD64"):
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return False
+
+
+def resolve_limits(config: EngineConfig, model: ModelConfig, device: torch.device, block_bytes: int) -> EngineLimits:
+    """Sizes for this model; `block_bytes` is what one block takes over all layers.
+
+    Raises ConfigError if the stated cache memory cannot hold one full context.
+    """
+    kind = device.type
+    needed = -(-model.max_seq_len // config.block_size)
+    if config.kv_cache_memory is None:
+        wanted = _CONTEXTS[kind] * needed
+        num_blocks = max(needed, min(wanted, _affordable_memory(device) // block_bytes))
+    else:
+        num_blocks = config.kv_cache_memory // block_bytes
+        if num_blocks < needed:
+            least = -(-needed * block_bytes // 2**20)
+            raise ConfigError(f"kv_cache_memory must be at least {least}MiB to hold one context of this model")
+    max_num_seqs = config.max_num_seqs or _MAX_NUM_SEQS[kind]
+    return EngineLimits(
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens or max(_MAX_BATCHED_TOKENS[kind], max_num_seqs),
+        max_model_len=model.max_seq_len,
+        block_size=config.block_size,
+        num_blocks=num_blocks,
+    )
+
+
+def _affordable_memory(device: torch.device) -> int:
+    """Bytes that the cache may take unasked: a fixed cap, and on a card at most half of what is free."""
+    most = _MOST_MEMORY[device.type]
+    if device.type == "cuda":
+        return min(most, torch.cuda.mem_get_info(device)[0] // 2)
+    return most

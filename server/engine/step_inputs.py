@@ -1,0 +1,96 @@
+"""StepInputs: a scheduled batch as tensors for the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as List
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.paged_attention import AttentionMetadata
+from server.engine.scheduler import ScheduledBatch
+from server.engine.sequence import Sequence
+
+# Products with a single row may add in another order than those with more: see model/packed_linear.py.
+_MIN_ROWS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """input_ids and positions are [N]; sample_rows [samples] are the rows whose next token is wanted."""
+
+    input_ids: Tensor
+    positions: Tensor
+    sample_rows: Tensor
+    metadata: AttentionMetadata
+
+
+class InputBuilder:
+    """Builds each step's inputs; block tables are kept between steps and only extended while the batch stays."""
+
+    def __init__(self, max_num_seqs: int, max_blocks: int, block_size: int, device: torch.device) -> None:
+        self.block_size = block_size
+        self.device = device
+        self._tables = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
+        self._known: list[tuple[int, int, int]] = []
+
+    def build(self, batch: ScheduledBatch) -> StepInputs:
+        sequences, counts = batch.sequences, batch.num_scheduled_tokens
+        decodes = batch.num_decodes
+        tokens = [seq.token_ids[-1] for seq in sequences[:decodes]]
+        positions = [seq.num_computed_tokens for seq in sequences[:decodes]]
+        for seq, count in zip(sequences[decodes:], counts[decodes:], strict=True):
+            start = seq.num_computed_tokens
+            tokens += seq.token_ids[start : start + count]
+            positions += range(start, start + count)
+        num_tokens = len(tokens)
+        padding = max(0, _MIN_ROWS - num_tokens)
+        context_lens = [seq.num_computed_tokens + count for seq, count in zip(sequences, counts, strict=True)]
+        ends = np.cumsum([0, *counts], dtype=np.int32)
+        positions_array = np.array(positions + [0] * padding, dtype=np.int64)
+        tables = self._block_tables(sequences)
+        metadata = AttentionMetadata(
+            cu_seqlens_q=self._tensor(ends),
+            context_lens=self._tensor(np.array(context_lens, dtype=np.int32)),
+            block_tables=self._tensor(tables),
+            slot_mapping=self._tensor(self._slots(positions_array, counts, tables, padding)),
+            num_tokens=num_tokens,
+            max_query_len=max(counts),
+            max_context_len=max(context_lens),
+        )
+        sample_rows = ends[1:][np.array(batch.needs_sample, dtype=bool)] - 1
+        return StepInputs(
+            input_ids=self._tensor(np.array(tokens + [0] * padding, dtype=np.int64)),
+            positions=self._tensor(positions_array),
+            sample_rows=self._tensor(sample_rows.astype(np.int64)),
+            metadata=metadata,
+        )
+
+    def _slots(self, positions: np.ndarray, counts: List[int], tables: np.ndarray, padding: int) -> np.ndarray:
+        """The cache slot of each token, -1 for padding."""
+        rows = np.repeat(np.arange(len(counts) + 1), [*counts, padding])
+        rows[rows == len(counts)] = 0
+        slots = tables[rows, positions // self.block_size].astype(np.int64) * self.block_size
+        slots += positions % self.block_size
+        if padding:
+            slots[-padding:] = -1
+        return slots
+
+    def _block_tables(self, sequences: List[Sequence]) -> np.ndarray:
+        """Rows of block ids for the batch; a row is written again only where its sequence or length changed."""
+        known, keys = self._known, []
+        for row, seq in enumerate(sequences):
+            # Between preemptions a table only grows, so these three say whether the row still holds it.
+            key = (seq.request_id, seq.num_preemptions, len(seq.block_table))
+            keys.append(key)
+            if row >= len(known) or known[row] != key:
+                self._tables[row, : key[2]] = seq.block_table
+        self._known = keys
+        widest = max(key[2] for key in keys)
+        return self._tables[: len(sequences), :widest]
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)
