@@ -1,0 +1,167 @@
+"""What a run leaves on disk: checkpoints that the server loads, and the state from which training goes on.
+
+    RUN/checkpoints/last, best, step-N    Hugging Face folders in `run.save_dtype`
+    RUN/state/step-N/                     training.safetensors (float32 weights, optimiser) and state.json
+
+Each folder appears whole or not at all. A state folder stands alone, so a crash between the folders loses nothing;
+the newest two are kept, and a damaged one is passed over.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model.atomic_folder import replace_folder
+from model.checkpoint import Provenance, save_model
+from model.hf_config import CONFIG_FILE
+from model.tokenizer import Tokenizer
+from model.transformer import Transformer
+from training.errors import ResumeError
+from training.optim import load_optimizer_tensors, optimizer_tensors
+from training.sources import file_sha256
+
+STATE_FILE = "state.json"
+TENSORS_FILE = "training.safetensors"
+_KEPT_STATES = 2
+_STEP_FOLDER = re.compile(r"step-(\d+)")
+
+
+class RunState(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything beside tensors that a resumed run continues from.
+
+    The position in the data and the random numbers follow from `step` and the recipe's seed. `config` is the
+    resolved recipe, `data_digest` the prepared data's identity, `scaler` the fp16 loss scaling's state.
+    """
+
+    version: int = 1
+    step: int
+    run_id: str
+    best_loss: float | None
+    best_step: int | None
+    data_digest: str
+    config: dict[str, dict[str, Any]]
+    scaler: dict[str, float | int]
+    tensors_sha256: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointManager:
+    """Writes and finds the folders of one run."""
+
+    run_dir: Path
+    tokenizer: Tokenizer
+    dtype: torch.dtype
+    keep: int
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.run_dir / "checkpoints"
+
+    @property
+    def states(self) -> Path:
+        return self.run_dir / "state"
+
+    def save_best(self, model: Transformer, provenance: Provenance) -> None:
+        self._save_model("best", model, provenance)
+
+    def save(
+        self, model: Transformer, optimizer: torch.optim.Optimizer, state: RunState, provenance: Provenance
+    ) -> None:
+        """Writes `last`, step-N and the state, then removes the oldest of each."""
+        self._save_model("last", model, provenance)
+        if self.keep:
+            step_folder = self.checkpoints / f"step-{state.step}"
+            replace_folder(step_folder, self._link_last, marker=CONFIG_FILE)
+        tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+        tensors |= {f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(optimizer, model).items()}
+        replace_folder(
+            self.states / f"step-{state.step}", lambda folder: _write_state(folder, state, tensors), marker=STATE_FILE
+        )
+        _remove_oldest(self.checkpoints, self.keep)
+        _remove_oldest(self.states, _KEPT_STATES)
+
+    def find_state(self) -> tuple[RunState, Path, list[str]]:
+        """The newest whole state, its folder, and why newer ones were passed over.
+
+        Raises ResumeError when no state is whole.
+        """
+        problems: list[str] = []
+        for _, folder in reversed(step_folders(self.states)):
+            try:
+                return read_state(folder), folder, problems
+            except ResumeError as error:
+                problems.append(str(error))
+        raise ResumeError("; ".join(problems) or f"{self.states}: holds no saved state")
+
+    def _save_model(self, name: str, model: Transformer, provenance: Provenance) -> None:
+        folder = self.checkpoints / name
+        save_model(folder, model, tokenizer=self.tokenizer, dtype=self.dtype, provenance=provenance)
+
+    def _link_last(self, folder: Path) -> None:
+        # Files of a checkpoint are never written again, so two folders may share them.
+        for path in (self.checkpoints / "last").iterdir():
+            try:
+                os.link(path, folder / path.name)
+            except OSError:
+                shutil.copy2(path, folder / path.name)
+
+
+def has_state(run_dir: Path) -> bool:
+    return bool(step_folders(run_dir / "state"))
+
+
+def step_folders(parent: Path) -> list[tuple[int, Path]]:
+    """The step-N folders in ascending order of N."""
+    if not parent.is_dir():
+        return []
+    matches = [(_STEP_FOLDER.fullmatch(path.name), path) for path in parent.iterdir()]
+    return sorted((int(match.group(1)), path) for match, path in matches if match)
+
+
+def read_state(folder: Path) -> RunState:
+    """Raises ResumeError when state.json is unreadable or the tensors do not have its sha256."""
+    path = folder / STATE_FILE
+    try:
+        state = msgspec.json.decode(path.read_bytes(), type=RunState)
+        digest = file_sha256(folder / TENSORS_FILE)
+    except (OSError, msgspec.DecodeError) as error:
+        raise ResumeError(f"{path}: not a readable state ({error})") from None
+    if digest != state.tensors_sha256:
+        raise ResumeError(f"{folder / TENSORS_FILE}: does not match the sha256 in {STATE_FILE}")
+    return state
+
+
+def load_tensors(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
+    """Weights and optimiser state of a folder, into the model and optimiser. Raises ResumeError if they do not fit."""
+    try:
+        tensors = load_file(folder / TENSORS_FILE)
+        weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+        model.load_state_dict(weights)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ResumeError(f"{folder / TENSORS_FILE}: does not fit this model ({reason})") from None
+    moments = {name.removeprefix("optimizer."): t for name, t in tensors.items() if name.startswith("optimizer.")}
+    load_optimizer_tensors(optimizer, model, moments)
+
+
+def _write_state(folder: Path, state: RunState, tensors: dict[str, Tensor]) -> None:
+    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, folder / TENSORS_FILE)
+    whole = msgspec.structs.replace(state, tensors_sha256=file_sha256(folder / TENSORS_FILE))
+    (folder / STATE_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(whole), indent=2) + b"\n")
+
+
+def _remove_oldest(parent: Path, keep: int) -> None:
+    folders = step_folders(parent)
+    for _, folder in folders[: max(0, len(folders) - keep)]:
+        shutil.rmtree(folder)

@@ -1,0 +1,188 @@
+"""Loss, perplexity and bits per byte of a model over a whole split or text.
+
+The tokens are read in windows of `seq_len` predictions, one behind the other, so that every token but the first is
+predicted exactly once; the last window may be shorter. With `stride` below `seq_len` windows overlap and only the
+last `stride` predictions of each count, which gives every token at least seq_len − stride tokens of context: a lower
+and more expensive figure. Bits per byte = nats per token · tokens per byte / ln 2, where the bytes are those of the
+UTF-8 text, so models with different tokenizers can be compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from model.checkpoint import load_model
+from model.tokenizer import Tokenizer
+from model.transformer import Transformer
+from training.build import resolve_device
+from training.data import open_split
+from training.errors import DataError, RecipeError
+from training.loss import summed_cross_entropy
+from training.shards import read_manifest
+
+
+class Tokens(Protocol):
+    """A run of tokens that stands for `num_bytes` bytes of text."""
+
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
+    def read(self, start: int, length: int) -> npt.NDArray[np.int64]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TextTokens:
+    """An encoded text as `Tokens`."""
+
+    ids: npt.NDArray[np.int64]
+    num_bytes: int
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.ids)
+
+    def read(self, start: int, length: int) -> npt.NDArray[np.int64]:
+        return self.ids[start : start + length]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """`loss` is in nats per token, over `tokens` predictions."""
+
+    loss: float
+    tokens: int
+    bytes_per_token: float
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.loss / self.bytes_per_token / math.log(2)
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """Predictions [start, start + length) of the run, of which those from `skip` on count."""
+
+    start: int
+    length: int
+    skip: int
+
+
+@torch.no_grad()
+def evaluate_loss(
+    model: Transformer,
+    tokens: Tokens,
+    *,
+    seq_len: int,
+    stride: int | None = None,
+    batch_size: int = 16,
+    max_tokens: int = 0,
+    autocast: torch.dtype | None = None,
+) -> Evaluation:
+    """One deterministic pass; the model's mode is restored. `max_tokens` > 0 stops after that many predictions.
+
+    `autocast` computes products in that type. Raises DataError when there are fewer than two tokens.
+    """
+    predictions = tokens.num_tokens - 1
+    if predictions < 1:
+        raise DataError("the text has fewer than two tokens; there is nothing to predict")
+    counted = min(predictions, max_tokens) if max_tokens else predictions
+    device, was_training = model.device, model.training
+    model.eval()
+    total = 0.0
+    precision = torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext()
+    for group in _batches(_windows(counted, seq_len, stride or seq_len), batch_size):
+        block = torch.from_numpy(np.stack([tokens.read(w.start, w.length + 1) for w in group])).to(device)
+        with precision:
+            hidden = model(block[:, :-1])[:, group[0].skip :]
+            loss = summed_cross_entropy(
+                model.compute_logits, hidden, block[:, 1 + group[0].skip :], vocab_size=model.config.vocab_size
+            )
+        total += loss.item()
+    model.train(was_training)
+    return Evaluation(total / counted, counted, tokens.num_bytes / tokens.num_tokens)
+
+
+def evaluate_checkpoint(
+    folder: Path,
+    *,
+    data: Path | None = None,
+    split: str = "val",
+    text: Path | None = None,
+    seq_len: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 16,
+    device: str = "auto",
+    dtype: torch.dtype = torch.float32,
+) -> Evaluation:
+    """A saved checkpoint on a prepared split or on a UTF-8 text file. `seq_len` None is the model's context.
+
+    Raises RecipeError, DataError, CheckpointError or TokenizerError.
+    """
+    model = load_model(folder, dtype=dtype, device=resolve_device(device))
+    tokenizer = Tokenizer.load(folder)
+    seq_len = seq_len or model.config.max_seq_len
+    if not 1 <= seq_len <= model.config.max_seq_len:
+        raise RecipeError(f"--seq-len is {seq_len} but the model's context is {model.config.max_seq_len}")
+    if stride is not None and not 1 <= stride <= seq_len:
+        raise RecipeError(f"--stride is {stride} but must lie between 1 and {seq_len}")
+    tokens: Tokens
+    if data is not None and text is None:
+        if read_manifest(data).tokenizer_digest != tokenizer.digest:
+            raise DataError(f"{data}: prepared with another tokenizer than {folder} uses; prepare it with this one")
+        tokens = open_split(data, split)
+    elif text is not None and data is None:
+        tokens = encode_file(text, tokenizer)
+    else:
+        raise RecipeError("give either --data or --text")
+    return evaluate_loss(model, tokens, seq_len=seq_len, stride=stride, batch_size=batch_size)
+
+
+def encode_file(path: Path, tokenizer: Tokenizer) -> TextTokens:
+    """Raises DataError for a file that is missing, empty or not UTF-8."""
+    try:
+        content = path.read_bytes()
+        ids = tokenizer.encode(content.decode("utf-8"), add_special=False)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: not UTF-8 text; convert it first") from None
+    if not content:
+        raise DataError(f"{path}: the file is empty")
+    return TextTokens(np.array(ids, dtype=np.int64), len(content))
+
+
+def _windows(predictions: int, seq_len: int, stride: int) -> Iterator[_Window]:
+    """The first window counts whole; each later one starts so that its last `stride` predictions are new."""
+    yield _Window(0, min(seq_len, predictions), 0)
+    done = min(seq_len, predictions)
+    while done < predictions:
+        new = min(stride, predictions - done)
+        start = done + new - min(seq_len, done + new) if stride < seq_len else done
+        yield _Window(start, done + new - start, done - start)
+        done += new
+
+
+def _batches(windows: Iterator[_Window], size: int) -> Iterator[list[_Window]]:
+    """Groups of at most `size` neighbours of one shape."""
+    group: list[_Window] = []
+    for window in windows:
+        if group and (len(group) == size or (window.length, window.skip) != (group[0].length, group[0].skip)):
+            yield group
+            group = []
+        group.append(window)
+    if group:
+        yield group

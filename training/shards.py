@@ -1,0 +1,143 @@
+"""The prepared data folder: flat little-endian token shards and a `manifest.json` that describes them.
+
+    DATA_DIR/manifest.json            counts, digests, splits
+    DATA_DIR/tokenizer/               the tokenizer's own files
+    DATA_DIR/{train,val}-00000.bin    uint16 tokens, or uint32 when the vocabulary exceeds 65,536
+
+Free of torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from training.errors import DataError
+
+MANIFEST = "manifest.json"
+TOKENIZER_DIR = "tokenizer"
+FORMAT_VERSION = 1
+SHARD_TOKENS = 100_000_000
+_DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+
+
+class ShardInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    file: str
+    tokens: int
+    sha256: str
+
+
+class SplitInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`bytes` and `characters` count the text, document separators excluded."""
+
+    tokens: int
+    bytes: int
+    characters: int
+    shards: tuple[ShardInfo, ...]
+
+
+class SourceInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    origin: str
+    bytes: int
+    sha256: str
+
+
+class DataManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a data folder holds. `tokenizer` is the kind asked for, `tokenizer_digest` the tokenizer's identity."""
+
+    version: int
+    dtype: str
+    vocab_size: int
+    tokenizer: str
+    tokenizer_digest: str
+    val_fraction: float
+    sources: tuple[SourceInfo, ...]
+    splits: dict[str, SplitInfo]
+
+    @property
+    def token_dtype(self) -> np.dtype[Any]:
+        return _DTYPES[self.dtype]
+
+
+def dtype_name(vocab_size: int) -> str:
+    """The narrowest shard type that holds every id."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def read_manifest(folder: Path) -> DataManifest:
+    """Raises DataError when the folder was not prepared or its manifest is damaged."""
+    path = folder / MANIFEST
+    try:
+        manifest = msgspec.json.decode(path.read_bytes(), type=DataManifest)
+    except FileNotFoundError:
+        raise DataError(f"{folder}: no {MANIFEST}; run `python -m training prepare --out {folder}` first") from None
+    except (OSError, msgspec.DecodeError) as error:
+        raise DataError(f"{path}: not a readable manifest ({error}); prepare the data again") from None
+    if manifest.version != FORMAT_VERSION or manifest.dtype not in _DTYPES:
+        raise DataError(f"{path}: version or dtype is unknown to this release; prepare the data again")
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: DataManifest) -> None:
+    data = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
+    with (folder / MANIFEST).open("wb") as file:
+        file.write(data + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def manifest_digest(folder: Path) -> str:
+    """Identity of the prepared data: the manifest names every shard's digest, so its own covers them all."""
+    return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+
+
+class SplitWriter:
+    """Appends tokens of one split, opening a new shard whenever the last is full."""
+
+    def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int = SHARD_TOKENS) -> None:
+        self._folder, self._split = folder, split
+        self._dtype, self._shard_tokens = _DTYPES[dtype], shard_tokens
+        self._shards: list[ShardInfo] = []
+        self._file: Any = None
+        self._room = 0
+        self._tokens = self._bytes = self._characters = 0
+
+    def append(self, tokens: npt.NDArray[Any], text: str = "") -> None:
+        """`text` is what the tokens stand for; it is only counted."""
+        self._bytes += len(text.encode())
+        self._characters += len(text)
+        self._tokens += len(tokens)
+        while len(tokens):
+            if self._room == 0:
+                self._open()
+            part, tokens = tokens[: self._room], tokens[self._room :]
+            data = part.astype(self._dtype).tobytes()
+            self._file.write(data)
+            self._hash.update(data)
+            self._room -= len(part)
+
+    def close(self) -> SplitInfo:
+        self._finish_shard()
+        return SplitInfo(self._tokens, self._bytes, self._characters, tuple(self._shards))
+
+    def _open(self) -> None:
+        self._finish_shard()
+        self._path = self._folder / f"{self._split}-{len(self._shards):05d}.bin"
+        self._file = self._path.open("wb")
+        self._hash = hashlib.sha256()
+        self._room = self._shard_tokens
+
+    def _finish_shard(self) -> None:
+        if self._file is None:
+            return
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._file = None
+        self._shards.append(ShardInfo(self._path.name, self._shard_tokens - self._room, self._hash.hexdigest()))

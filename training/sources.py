@@ -1,0 +1,134 @@
+"""Where training text comes from: local UTF-8 files, or a URL with the sha256 that its content must have.
+
+A source is read as a stream, so that a file larger than memory can be prepared. Free of torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlparse
+
+from training.errors import DataError, RecipeError
+
+# Short names for `--input`: (URL, sha256).
+KNOWN_SOURCES = {
+    "tinyshakespeare": (
+        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+    )
+}
+_CHUNK = 1 << 20
+_DOWNLOAD_TIMEOUT_SECONDS = 60
+# A line end between two characters that are not white space. Byte, character and GPT-2 tokenizers never
+# join tokens across it, so text cut there encodes to the same ids as the whole.
+_SAFE_CUT = re.compile(r"(?<=\S)\n(?=\S)")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One document of text: `origin` as the user named it, `path` where its bytes are."""
+
+    origin: str
+    path: Path
+    sha256: str
+    num_bytes: int
+
+
+def resolve_sources(inputs: Sequence[str], digests: Sequence[str], folder: Path) -> list[Source]:
+    """Local files stay where they are; URLs and short names are downloaded into `folder` and checked.
+
+    `digests` belong to the URLs in the order of `inputs`; a short name brings its own.
+    Raises RecipeError for a URL without a digest, DataError for what is missing, empty or has another sha256.
+    """
+    if not inputs:
+        raise RecipeError("--input names no text: give a file, a URL or a short name")
+    remaining = list(digests)
+    sources: list[Source] = []
+    for item in inputs:
+        if item in KNOWN_SOURCES and not Path(item).exists():
+            url, digest = KNOWN_SOURCES[item]
+            sources.append(_download(url, digest, folder / f"{item}.txt"))
+        elif urlparse(item).scheme in ("http", "https"):
+            if not remaining:
+                raise RecipeError(f"{item}: a URL needs --sha256 with the digest of its content")
+            name = f"{len(sources)}-{Path(urlparse(item).path).name or 'input'}"
+            sources.append(_download(item, remaining.pop(0).lower(), folder / name))
+        else:
+            sources.append(_local(item))
+    if remaining:
+        raise RecipeError("--sha256 is given more often than there are URLs in --input")
+    return sources
+
+
+def read_text(source: Source) -> Iterator[str]:
+    """The text in chunks of about a million characters, line ends untouched. Raises DataError if not UTF-8."""
+    try:
+        with source.path.open(encoding="utf-8", newline="") as file:
+            while chunk := file.read(_CHUNK):
+                yield chunk
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{source.origin}: not UTF-8 text (byte {error.object[error.start]:#x}); convert it first"
+        ) from None
+
+
+def read_pieces(source: Source, *, cut: bool) -> Iterator[str]:
+    """The text in pieces that may be encoded one by one; the whole text as one piece when not `cut`."""
+    if not cut:
+        yield "".join(read_text(source))
+        return
+    rest = ""
+    for chunk in read_text(source):
+        rest += chunk
+        last = None
+        for last in _SAFE_CUT.finditer(rest, max(0, len(rest) - len(chunk) - 2)):
+            pass
+        if last is not None:
+            yield rest[: last.end()]
+            rest = rest[last.end() :]
+    if rest:
+        yield rest
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _local(item: str) -> Source:
+    path = Path(item)
+    if path.is_dir():
+        raise DataError(f"{item}: a folder; name the text files in it one by one")
+    if not path.is_file():
+        raise DataError(f"{item}: no such file")
+    size = path.stat().st_size
+    if size == 0:
+        raise DataError(f"{item}: the file is empty")
+    return Source(origin=path.name, path=path, sha256=file_sha256(path), num_bytes=size)
+
+
+def _download(url: str, sha256: str, target: Path) -> Source:
+    """Writes beside the target, compares the digest, then renames, so a target is always whole and right."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".part")
+    try:
+        with urllib.request.urlopen(url, timeout=_DOWNLOAD_TIMEOUT_SECONDS) as answer, partial.open("wb") as file:
+            shutil.copyfileobj(answer, file, _CHUNK)
+        found = file_sha256(partial)
+        if found != sha256:
+            raise DataError(f"{url}: sha256 is {found}, not {sha256}; the content has changed or the digest is wrong")
+        os.replace(partial, target)
+    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        reason = getattr(error, "reason", error)
+        raise DataError(f"{url}: cannot be downloaded ({reason}); download it elsewhere and pass the file") from None
+    finally:
+        partial.unlink(missing_ok=True)
+    return Source(origin=url, path=target, sha256=sha256, num_bytes=target.stat().st_size)
