@@ -27,14 +27,17 @@ def replace_folder(folder: Path, write: Callable[[Path], None], *, marker: str) 
     """
     folder = folder.resolve()  # of a link, replace what it points to
     _check_replaceable(folder, marker)
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial, previous = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "previous"))
     try:
+        if previous.exists() and not folder.exists():
+            previous.rename(folder)  # the last writer ended between two renames
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove(partial)
+        _remove(previous)
         partial.mkdir()
         write(partial)
         _sync_tree(partial)
-        _put_in_place(partial, folder)
+        _put_in_place(partial, folder, previous)
     except OSError as problem:
         raise CheckpointError(f"{folder} cannot be written: {problem.strerror or problem}") from problem
     finally:
@@ -49,12 +52,10 @@ def _check_replaceable(folder: Path, marker: str) -> None:
         raise CheckpointError(f"{folder} is a file; choose another name for the folder")
 
 
-def _put_in_place(partial: Path, folder: Path) -> None:
+def _put_in_place(partial: Path, folder: Path, previous: Path) -> None:
     if not folder.exists():
         partial.rename(folder)
     elif not _exchange(partial, folder):
-        previous = folder.with_name(f".{folder.name}.previous")
-        _remove(previous)
         folder.rename(previous)
         partial.rename(folder)
         _remove(previous)

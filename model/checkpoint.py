@@ -7,6 +7,7 @@ files and manifest.json. Nothing in it is ever executed or unpickled.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -47,7 +48,7 @@ from model.manifest import (
 )
 from model.transformer import Transformer
 
-__all__ = ["Manifest", "Provenance", "load_config", "load_model", "read_manifest", "save_model"]
+__all__ = ["Manifest", "Provenance", "load_config", "load_model", "read_manifest", "save_model", "save_state_dict"]
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -179,22 +180,45 @@ def save_model(
     vocab_size: int | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Manifest:
-    """Write the model as a folder that transformers loads, replacing a checkpoint folder of that name.
+    """`save_state_dict` of a model; `dtype` None keeps the model's own."""
+    return save_state_dict(
+        folder,
+        model.config,
+        model.state_dict(),
+        dtype=dtype or model.dtype,
+        tokenizer=tokenizer,
+        provenance=provenance,
+        vocab_size=vocab_size,
+        max_shard_bytes=max_shard_bytes,
+    )
 
-    `dtype` None keeps the model's; `vocab_size` cuts padding rows off the vocabulary. The folder appears whole or
-    not at all, and an older one stays until it does; one writer per folder. Returns the manifest written.
+
+def save_state_dict(
+    folder: str | Path,
+    config: ModelConfig,
+    state: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype,
+    tokenizer: SavableTokenizer | None = None,
+    provenance: Provenance | None = None,
+    vocab_size: int | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Manifest:
+    """Write weights under our names as a folder that transformers loads, replacing a checkpoint folder of that name.
+
+    `vocab_size` cuts padding rows off the vocabulary. The folder appears whole or not at all, and an older one stays
+    until it does; one writer per folder. Returns the manifest written.
     Raises ConfigError if no Hugging Face class computes what this model computes, CheckpointError for weights that
-    are not finite, for a folder that is no checkpoint, and when the disk refuses.
+    are incomplete or not finite, for a folder that is no checkpoint, and when the disk refuses.
     """
-    dtype = dtype or model.dtype
-    exported = export_config(model.config, vocab_size)
+    exported = export_config(config, vocab_size)
     config_json = config_to_hf(exported, str(dtype).removeprefix("torch."))
     written: list[Manifest] = []
 
     def write(target: Path) -> None:
         _write_json(target / CONFIG_FILE, config_json)
         _write_json(target / GENERATION_CONFIG_FILE, _generation_config(config_json))
-        _write_weights(target, dict(to_hf(exported, model.state_dict(), dtype)), max_shard_bytes)
+        _write_weights(target, dict(to_hf(config, exported, state, dtype)), max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save(target)
         written.append(make_manifest(target, provenance))

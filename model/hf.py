@@ -223,16 +223,22 @@ def _special_tokens(config: ModelConfig) -> tuple[int, ...]:
     return config.eos_token_ids + (() if config.bos_token_id is None else (config.bos_token_id,))
 
 
-def to_hf(exported: ModelConfig, state: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """(name, contiguous CPU tensor) of each tensor of the file, for a model described by `export_config`.
+def to_hf(
+    config: ModelConfig, exported: ModelConfig, state: Mapping[str, Tensor], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, contiguous CPU tensor) of each tensor of the file, for `exported = export_config(config, …)`.
 
-    Biases that the model lacks are zeros. Raises CheckpointError for NaN or infinity.
+    Biases that the model lacks are zeros. Raises CheckpointError for a state dict that is not the model's, and for
+    NaN or infinity.
     """
+    shapes = parameter_shapes(config)
+    _refuse_state("lacks", [name for name in shapes if name not in state])
+    _refuse_state("misshapes", [name for name, shape in shapes.items() if tuple(state[name].shape) != shape])
     for entry in tensor_table(exported):
-        ours = state.get(entry.parameter)
-        if ours is None:
+        if entry.parameter in shapes:
+            ours = state[entry.parameter].detach()[: entry.shape[0]].to("cpu", dtype)
+        else:
             ours = torch.zeros(entry.shape, dtype=dtype)
-        ours = ours.detach()[: entry.shape[0]].to("cpu", dtype)
         if not torch.isfinite(torch.stack(ours.aminmax())).all():
             raise CheckpointError(f"{entry.parameter} holds values that are not finite; the model is not saved")
         start = 0
@@ -240,3 +246,10 @@ def to_hf(exported: ModelConfig, state: Mapping[str, Tensor], dtype: torch.dtype
             rows = ours[start : start + part.rows]
             yield part.name, (rows.t() if entry.transposed else rows).contiguous()
             start += part.rows
+
+
+def _refuse_state(what: str, names: list[str]) -> None:
+    if names:
+        raise CheckpointError(
+            f"the state to save {what} {names[0]}; save the plain Transformer, neither compiled, wrapped nor packed"
+        )
