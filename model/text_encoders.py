@@ -5,6 +5,7 @@ The libraries are imported when first needed, so that a character or byte tokeni
 
 from __future__ import annotations
 
+import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from model.byte_bpe import (
     byte_level,
 )
 from model.errors import TokenizerError
-from model.tokenizer_files import special_token_entry, to_json_bytes, tokenizer_document
+from model.tokenizer_files import as_dict, special_token_entry, to_json_bytes, tokenizer_document
 
 if TYPE_CHECKING:
     import tokenizers
@@ -142,12 +143,10 @@ class CharacterEncoder(_UnitEncoder):
 class LibraryEncoder:
     """Any tokenizer.json, run by `tokenizers` without its truncation and padding, which would lose text."""
 
-    def __init__(
-        self, source: bytes, document: dict[str, object], name: str, special_tokens: Sequence[str] = ()
-    ) -> None:
-        """`special_tokens`: to be treated so though the file does not mark them; unknown ones are left out."""
+    def __init__(self, source: bytes, name: str, special_tokens: Sequence[str] = ()) -> None:
+        """`source` is the file's content, `name` its name for errors. `special_tokens`: to be treated so though the
+        file does not mark them; unknown ones are left out."""
         self._source = source
-        self._document = document
         self._name = name
         self._special_tokens = special_tokens
         self._encode_error = f"{name} cannot encode this text; its vocabulary lacks part of it"
@@ -168,11 +167,10 @@ class LibraryEncoder:
             return self._template_tokenizer.encode(text, add_special_tokens=False).ids
 
     def document(self) -> dict[str, object]:
-        return self._document
+        return as_dict(json.loads(self._source))  # parsed again when asked for: a large one would fill 100 MB
 
     def canonical(self) -> bytes:
-        kept = {key: self._document[key] for key in sorted(self._document) if key not in IRRELEVANT_PARTS}
-        return to_json_bytes(kept)
+        return to_json_bytes({k: v for k, v in sorted(self.document().items()) if k not in IRRELEVANT_PARTS})
 
     @cached_property
     def _template_tokenizer(self) -> tokenizers.Tokenizer:

@@ -122,7 +122,7 @@ def _tiktoken_parts(files: TokenizerFiles) -> TokenizerParts | None:
 
 def _library_encoder(files: TokenizerFiles) -> LibraryEncoder:
     named = [token for token in (files.bos_token, files.eos_token) if token is not None]
-    return LibraryEncoder(files.raw[TOKENIZER_FILE], files.document, files.name, named)
+    return LibraryEncoder(files.raw[TOKENIZER_FILE], files.name, named)
 
 
 def _library_parts(files: TokenizerFiles) -> TokenizerParts:

@@ -411,6 +411,13 @@ def test_absent_files_and_broken_companions_are_refused_by_name(tmp_path):
         Tokenizer.load(tmp_path)
 
 
+def test_ids_outside_the_vocabulary_are_noticed_at_load(tmp_path):
+    processor = {"type": "BertProcessing", "sep": ["[SEP]", 9_999], "cls": ["[CLS]", 9_998]}
+    document = json.loads(train_word_piece().to_str()) | {"post_processor": processor}
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json gives ids that its vocabulary lacks"):
+        Tokenizer.load(write_tokenizer(tmp_path, document))
+
+
 def all_paths(value, path=()):
     yield path
     children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
