@@ -16,19 +16,20 @@ RUN command -v g++ >/dev/null \
 FROM base AS build
 ARG PIP_EXTRA_INDEX_URL
 WORKDIR /src
-RUN python3 -m venv /opt/quill
 # The dependencies come before the sources, so that a change of code rebuilds only the last small layer.
 COPY pyproject.toml constraints.txt ./
-RUN python3 -c "import tomllib; t = tomllib.load(open('pyproject.toml', 'rb')); print(*t['build-system']['requires'], *t['project']['dependencies'], sep='\n')" > requirements.txt \
+RUN python3 -m venv /opt/quill \
+    && python3 -c "import tomllib; t = tomllib.load(open('pyproject.toml', 'rb')); print(*t['build-system']['requires'], *t['project']['dependencies'], sep='\n')" > requirements.txt \
     && /opt/quill/bin/pip install --no-cache-dir -c constraints.txt -r requirements.txt
 COPY . .
-RUN /opt/quill/bin/pip install --no-cache-dir --no-deps --no-build-isolation .
+RUN /opt/quill/bin/pip install --no-cache-dir --no-deps --no-build-isolation . \
+    && cp -r training/configs /opt/quill/recipes
 
 FROM base
 RUN useradd --uid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin quill \
-    && mkdir /models /data && chown quill:quill /models /data
+    && mkdir /models /data && chown quill:quill /models /data \
+    && ln -s /opt/quill/recipes /recipes
 COPY --from=build /opt/quill /opt/quill
-COPY training/configs /recipes
 # Everything that writes goes to /tmp, so that the root may be read-only. /tmp must allow execution (`exec` for a
 # tmpfs): compiled kernels are loaded from there.
 ENV PATH=/opt/quill/bin:$PATH \
