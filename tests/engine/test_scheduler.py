@@ -105,6 +105,7 @@ class Engine:
         self.runner = FakeRunner(self.manager)
         self.added: list[Sequence] = []
         self.admitted: list[int] = []
+        self.before_reset: set[int] = set()
 
     def add(self, prompt: list[int], params: SamplingParams | None = None, deadline: float | None = None) -> Sequence:
         seq = Sequence(
@@ -128,6 +129,11 @@ class Engine:
         self.runner.poison_unreadable()
         self.check_state()
         return batch, updates
+
+    def reset_prefix_cache(self) -> None:
+        self.before_reset |= {seq.request_id for seq in self.scheduler.running}
+        self.manager.reset_prefix_cache()
+        self.runner.poison_unreadable()
 
     def run(self, max_steps: int = 10_000) -> None:
         while self.scheduler.has_unfinished:
@@ -176,7 +182,7 @@ class Engine:
             users = holders.get(block, [])
             assert manager.ref_count(block) == len(users)
             if len(users) > 1:
-                assert manager.is_cached(block)
+                assert manager.is_cached(block) or all(seq.request_id in self.before_reset for seq, _ in users)
                 assert len({(end, *seq.token_ids[:end]) for seq, end in users}) == 1
                 assert all(seq.num_computed_tokens >= end for seq, end in users)
         assert manager.num_free_blocks + len(holders) == manager.num_blocks
@@ -274,8 +280,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def reset_prefix_cache(self) -> None:
-        self.engine.manager.reset_prefix_cache()
-        self.engine.runner.poison_unreadable()
+        self.engine.reset_prefix_cache()
 
     @invariant()
     def finished_is_final(self) -> None:
