@@ -57,6 +57,12 @@ def read_tokenizer_files(path: Path) -> TokenizerFiles:
     )
 
 
+def read_config(folder: Path) -> dict[str, object]:
+    """A folder's tokenizer_config.json, empty if there is none. Raises TokenizerError for a malformed one."""
+    path = folder / CONFIG_FILE
+    return _parse_object(path.name, _read_bytes(path)) if path.is_file() else {}
+
+
 def to_json_bytes(value: object) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
