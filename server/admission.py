@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from model.errors import InvalidSamplingParamsError, TokenizerError
 from model.sampling_params import SamplingParams
-from model.tokenizer import StreamDecoder, Tokenizer
+from model.tokenizer import Tokenizer
 from server.engine.interface import EngineClient, EngineUnavailableError, QueueFullError
 from server.engine.messages import EngineInfo
 from server.error_handlers import from_sampling_error
@@ -26,6 +26,7 @@ from server.errors import (
 from server.generation import SEED_BITS, Generation, Prompt
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
+from server.output import TextDecoder
 from server.schemas.native import GenerateRequest
 from server.settings import Settings
 from server.sse import Heartbeat
@@ -197,5 +198,5 @@ def _sampling_params(body: GenerateRequest, max_tokens: int) -> SamplingParams:
 def _echo(prompt: str | list[int], tokenizer: Tokenizer) -> str:
     if isinstance(prompt, str):
         return prompt
-    decoder = StreamDecoder(tokenizer)
+    decoder = TextDecoder(tokenizer)
     return decoder.push(prompt) + decoder.finish()

@@ -119,6 +119,10 @@ def engine_down_error(retry_after: int = 5) -> UnavailableError:
     return UnavailableError("engine_down", "the engine is down", retry_after)
 
 
+def request_failed_error(retry_after: int = 1) -> UnavailableError:
+    return UnavailableError("request_failed", "the engine gave up on this request; try it again", retry_after)
+
+
 def error_body(error: ApiError, request_id: str) -> bytes:
     """The error shape as JSON bytes."""
     return msgspec.json.encode(

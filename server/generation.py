@@ -14,7 +14,7 @@ from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
 from server.engine.interface import EngineClient, EngineRequestError, RequestStream
 from server.engine.messages import SequenceOutput
-from server.errors import ApiError, ClientGoneError, engine_down_error
+from server.errors import ApiError, ClientGoneError, engine_down_error, request_failed_error
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
 from server.output import ChoiceDelta, ChoiceOutput, Usage
@@ -103,8 +103,10 @@ class Generation:
                 raise
             raise (self._error or ClientGoneError()) from None
         except EngineRequestError:
+            if self._interrupted:
+                raise (self._error or ClientGoneError()) from None
             self._metrics.count_finish("error", len(self.choices))
-            raise engine_down_error() from None
+            raise (request_failed_error() if self._engine.state == "ready" else engine_down_error()) from None
         finally:
             self._task = None
             watcher.cancel()
@@ -123,9 +125,10 @@ class Generation:
         self._interrupted = True
         self._error = error
         self._metrics.count_finish("abort", sum(choice.finish_reason is None for choice in self.choices))
-        self.close()
-        if self._task is not None:
-            self._task.cancel()
+        if self._task is None:
+            self.close()
+        else:
+            self._task.cancel()  # and `run` closes on its way out
 
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":

@@ -91,8 +91,7 @@ class Metrics:
         """`count` tokens arrived together, `seconds` after the previous ones or, the first, after the request."""
         if first:
             self.time_to_first_token.add(seconds)
-            self._first_token_wait += 0.2 * (seconds - self._first_token_wait)
-            self._first_token_at = time.monotonic()
+            self._remember_wait(seconds)
         elif count:
             self.inter_token_latency.add(seconds / count, count)
 
@@ -105,6 +104,12 @@ class Metrics:
         self.generation_tokens.add(generated)
         if timings is not None:
             self.queue_time.add(max(0.0, timings.first_scheduled - timings.arrival))
+
+    def _remember_wait(self, seconds: float) -> None:
+        now = time.monotonic()
+        weight = 0.2 if now - self._first_token_at < _WAIT_MEMORY_SECONDS else 1.0
+        self._first_token_wait += weight * (seconds - self._first_token_wait)
+        self._first_token_at = now
 
     def expected_wait(self) -> float:
         """Seconds a new request will wait for its first token, by what recent ones met; 0 when nothing waits."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import re
 import secrets
 import socket
 import time
@@ -29,6 +30,8 @@ OPEN_PATHS = frozenset({"/health", "/ready"})
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 MAX_CLIENT_ID_LENGTH = 64
 METHODS = frozenset({"GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE"})
+
+_HOST = re.compile(r"([a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
 
 logger = logging.getLogger("server.access")
 
@@ -131,12 +134,8 @@ class HostMiddleware:
 
 def _host_name(value: bytes | None) -> str:
     """The host of a Host header without its port, in lower case; empty when it is not one."""
-    text = (value or b"").decode("latin-1").strip().lower()
-    if text.startswith("["):
-        inner, bracket, _ = text.partition("]")
-        return inner + bracket
-    name = text.partition(":")[0]
-    return name if name.isascii() and name.replace("-", "").replace(".", "").replace("_", "").isalnum() else ""
+    match = _HOST.fullmatch((value or b"").decode("latin-1").lower())
+    return match[1] if match else ""
 
 
 def _is_address(name: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
+from model.errors import TokenizerError
 from model.tokenizer import StreamDecoder, Tokenizer
 from server.engine.messages import SequenceOutput, TokenLogprobs
 
@@ -82,6 +83,22 @@ class StopMatcher:
         return len(text)
 
 
+class TextDecoder:
+    """A StreamDecoder for a model's output, which may be wider than the vocabulary: ids beyond it have no text."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._decoder = StreamDecoder(tokenizer)
+
+    def push(self, ids: list[int]) -> str:
+        try:
+            return self._decoder.push(ids)
+        except TokenizerError:
+            return "" if len(ids) == 1 else "".join(self.push([token_id]) for token_id in ids)
+
+    def finish(self) -> str:
+        return self._decoder.finish()
+
+
 class ChoiceOutput:
     """Turns one sequence's outputs into deltas.
 
@@ -95,7 +112,7 @@ class ChoiceOutput:
         self.cached_tokens = 0
         self.finish_reason: str | None = None
         self._tokenizer = tokenizer
-        self._decoder = StreamDecoder(tokenizer)
+        self._decoder = TextDecoder(tokenizer)
         self._matcher = StopMatcher(stops) if stops else None
         self._min_tokens = min_tokens
 

@@ -140,8 +140,8 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _deadline_passed(self) -> None:
         self._deadline = None
-        started = self._answering and self.cycle.response_started
-        if started or not self._num_received:
+        answered = self._in_body and self.cycle is not None and self.cycle.response_started
+        if answered or not self._num_received:
             self.transport.abort()
         else:
             self._refuse(TIMED_OUT)

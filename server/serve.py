@@ -53,7 +53,7 @@ class Signals:
         (self.again if self.first.is_set() else self.first).set()
 
 
-class _Server(uvicorn.Server):
+class HttpServer(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Signals stay ours: uvicorn's handlers would close the listener before the drain."""
@@ -71,7 +71,7 @@ async def serve(
     signals = Signals()
     app = create_app(settings, engine, keys)
     services: Services = app.state.services
-    server = _Server(_uvicorn_config(app, settings))
+    server = HttpServer(uvicorn_config(app, settings))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     starting = asyncio.create_task(_start(services, load_tokenizer, listener))
     try:
@@ -148,7 +148,7 @@ async def _wait_any(seconds: float, *events: asyncio.Event) -> None:
         wait.cancel()
 
 
-def _uvicorn_config(app: object, settings: Settings) -> uvicorn.Config:
+def uvicorn_config(app: object, settings: Settings) -> uvicorn.Config:
     limits = ConnectionLimits(settings.request_timeout, settings.write_timeout, settings.max_connections)
     return uvicorn.Config(
         app,  # type: ignore[arg-type]

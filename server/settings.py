@@ -6,13 +6,15 @@ import importlib.util
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, ValidationError, field_validator
+from pydantic import BeforeValidator, ByteSize, Field, TypeAdapter, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
 from server.engine.config import EngineConfig
 
 BUNDLED_MODEL = "shakespeare"
 MIB = 1 << 20
+
+_SIZE = TypeAdapter(ByteSize)
 
 
 class UsageError(Exception):
@@ -23,14 +25,19 @@ def _split(value: object) -> object:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
-def _positive(value: ByteSize) -> ByteSize:
-    if value < 1:
-        raise ValueError("must be a size above zero such as 2GiB")
-    return value
+def _bytes(value: object) -> int:
+    """A size with or without a unit, as plain bytes."""
+    try:
+        size = int(_SIZE.validate_python(value))
+    except ValidationError:
+        size = 0
+    if size < 1:
+        raise ValueError("must be a size above zero such as 512MiB or 2GiB")
+    return size
 
 
 Names = Annotated[list[str], NoDecode, BeforeValidator(_split)]
-Size = Annotated[ByteSize, AfterValidator(_positive)]
+Size = Annotated[int, BeforeValidator(_bytes)]
 
 
 class Settings(BaseSettings):
@@ -69,7 +76,7 @@ class Settings(BaseSettings):
     api_key_file: Path | None = Field(None, description="file with one API key a line; # starts a comment")
     allowed_hosts: Names = Field(default=[], description="further Host names to answer for; * for any")
     cors_origins: Names = Field(default=[], description="browser origins to allow; none by default")
-    max_body_size: Size = Field(ByteSize(MIB), description="largest request body")
+    max_body_size: Size = Field(MIB, description="largest request body")
     max_connections: int = Field(4096, ge=1, description="open connections")
     request_timeout: float = Field(15.0, gt=0, le=3600, description="seconds a request may take to arrive")
     keep_alive_timeout: float = Field(30.0, gt=0, le=3600, description="seconds an idle connection stays open")

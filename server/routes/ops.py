@@ -32,7 +32,8 @@ def _services(request: Request) -> Services:
     return services
 
 
-@router.api_route("/health", methods=["GET", "HEAD"], summary="200 while the engine answers")
+@router.head("/health", include_in_schema=False)
+@router.get("/health", summary="200 while the engine answers")
 async def health(request: Request) -> Response:
     error = _services(request).lifecycle.health_error()
     if error is not None:
@@ -40,7 +41,8 @@ async def health(request: Request) -> Response:
     return json_response({"status": "ok"})
 
 
-@router.api_route("/ready", methods=["GET", "HEAD"], summary="200 while requests are admitted")
+@router.head("/ready", include_in_schema=False)
+@router.get("/ready", summary="200 while requests are admitted")
 async def ready(request: Request) -> Response:
     error = _services(request).lifecycle.admission_error()
     if error is not None:

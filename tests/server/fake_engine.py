@@ -116,7 +116,7 @@ def _merge(outputs: list[SequenceOutput]) -> SequenceOutput:
 
 
 class FakeEngine:
-    """`script` decides each request's tokens; `gate`, when cleared, holds every output back."""
+    """`script` decides each request's tokens."""
 
     def __init__(
         self,
@@ -137,11 +137,11 @@ class FakeEngine:
         self.cached_tokens = 0
         self.closed = False
         self.silent_since: float | None = None
-        self._gate: asyncio.Event | None = None
-        self._gate_open = True
+        self._gate = asyncio.Event()
+        self._gate.set()
         self._state: EngineState = state
         self._tasks: dict[int, asyncio.Task[None]] = {}
-        self._stats = EngineStats(num_blocks=100, num_free_blocks=100)
+        self._stats: EngineStats | None = None
         self._info = fake_info(max_model_len, vocab_size)
 
     @property
@@ -158,7 +158,7 @@ class FakeEngine:
 
     @property
     def stats(self) -> EngineStats:
-        return self._stats
+        return self._stats or EngineStats(num_running=len(self.live), num_blocks=100, num_free_blocks=100)
 
     def set_stats(self, **values: int) -> None:
         self._stats = EngineStats(**values)
@@ -197,8 +197,7 @@ class FakeEngine:
         arrival = time.monotonic()
         for number, tokens in enumerate(plan.chunks):
             await asyncio.sleep(plan.delay)
-            while not self._gate_open:
-                await asyncio.sleep(0.005)
+            await self._gate.wait()
             if number == plan.fail_after:
                 stream.fail()
                 return
@@ -230,10 +229,11 @@ class FakeEngine:
             task.cancel()
 
     def close_gate(self) -> None:
-        self._gate_open = False
+        """Hold every output back until `open_gate`."""
+        self._gate.clear()
 
     def open_gate(self) -> None:
-        self._gate_open = True
+        self._gate.set()
 
     def kill(self) -> None:
         """Die: every request in flight fails."""
