@@ -7,16 +7,17 @@ files and manifest.json. Nothing in it is ever executed or unpickled.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from model.atomic_folder import replace_folder
 from model.config import ModelConfig
@@ -79,10 +80,19 @@ def load_model(
             _await(verified)  # a damaged file explains more than the damage found in it
             raise
         _await(verified)
-    with torch.device("meta"):
+    with _NoInitialisation(), torch.device("meta"):
         model = Transformer(config)
     model.load_state_dict({name: tensor.to(device) for name, tensor in state.items()}, assign=True)
     return model.eval()
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Skips nn.Embedding's random values: on the meta device they would import torch's compiler, for seconds."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return None if func is torch.nn.init.normal_ else func(*args, **(kwargs or {}))
 
 
 def _verify(folder: Path, manifest: Manifest) -> None:

@@ -86,6 +86,17 @@ def test_the_model_does_not_depend_on_its_files_afterwards(saved: Path) -> None:
     assert _same_weights(model, _make_model())
 
 
+def test_loading_does_not_import_the_compiler(saved: Path) -> None:
+    """torch._dynamo takes longer to import than torch itself, and a server's start should not wait for it."""
+    code = """if True:
+        import sys
+        from model.checkpoint import load_model
+        load_model(sys.argv[1])
+        sys.exit("torch._dynamo" in sys.modules)
+    """
+    assert subprocess.run([sys.executable, "-c", code, str(saved)], check=False).returncode == 0
+
+
 def test_loaded_weights_can_be_trained(saved: Path) -> None:
     model = load_model(saved)
     model.compute_logits(model(torch.zeros(1, 4, dtype=torch.long))).sum().backward()
