@@ -183,7 +183,6 @@ class BlockManager:
                 else:
                     self._free_cached[block] = None
         seq.block_table.clear()
-        seq.num_cached_blocks = 0
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached content, as a change of weights requires. Sequences that hold blocks keep them, but

@@ -11,6 +11,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator
+from typing import cast
 
 import msgspec
 
@@ -142,6 +143,12 @@ class AsyncEngine(asyncio.Protocol):
         return self._last_heard
 
     async def start(self) -> None:
+        ours = self._launch()
+        await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=ours)
+        self._send(_encoder.encode(self._config))
+
+    def _launch(self) -> socket.socket:
+        """Start the process on one end of a socket pair; returns the other end."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
             self._process = subprocess.Popen(
@@ -152,8 +159,7 @@ class AsyncEngine(asyncio.Protocol):
                 start_new_session=True,
             )
         ours.setblocking(False)
-        await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=ours)
-        self._send(_encoder.encode(self._config))
+        return ours
 
     async def wait_ready(self) -> None:
         await self._ready.wait()
@@ -199,8 +205,8 @@ class AsyncEngine(asyncio.Protocol):
         self._die("the engine was closed")
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.WriteTransport)
-        self._transport = transport
+        # uvloop's transports do not derive from asyncio's classes.
+        self._transport = cast(asyncio.WriteTransport, transport)
 
     def data_received(self, data: bytes) -> None:
         self._last_heard = time.monotonic()

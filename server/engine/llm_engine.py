@@ -143,7 +143,7 @@ class LLMEngine:
             max_num_seqs=limits.max_num_seqs,
             max_num_batched_tokens=limits.max_num_batched_tokens,
             max_model_len=limits.max_model_len,
-            torch_version=torch.__version__,
+            torch_version=str(torch.__version__),
             load_seconds=load_seconds,
         )
 

@@ -93,7 +93,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
     provenance: dict[str, object]
 
 
-class EngineInfo(msgspec.Struct, frozen=True, tag=True):
+class EngineInfo(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Sent once when the engine is ready to take requests."""
 
     models: list[ModelInfo]
