@@ -45,6 +45,7 @@ def read_tokenizer_files(path: Path) -> TokenizerFiles:
         if (path.parent / name).is_file():
             raw[name] = _read_bytes(path.parent / name)
     document = _parse_object(path.name, raw[TOKENIZER_FILE])
+    _check_merges(path.name, as_dict(document.get("model")))
     special_tokens = _read_special_tokens(path.name, document)
     named = {**_parse_companion(_SPECIAL_MAP_FILE, raw), **_parse_companion(CONFIG_FILE, raw)}
     return TokenizerFiles(
@@ -138,6 +139,21 @@ def _parse_object(name: str, data: bytes) -> dict[str, object]:
 
 def _parse_companion(name: str, raw: Mapping[str, bytes]) -> dict[str, object]:
     return _parse_object(name, raw[name]) if name in raw else {}
+
+
+def _check_merges(name: str, model: dict[str, object]) -> None:
+    """Every merge's right half must begin with the prefix of continuing subwords, if there is one: the library cuts
+    that many bytes off unseen, and ends the process when the cut falls inside a character."""
+    prefix, merges = model.get("continuing_subword_prefix"), model.get("merges")
+    if not isinstance(prefix, str) or not prefix or not isinstance(merges, list):
+        return
+    for merge in merges:
+        halves = merge.split(" ") if isinstance(merge, str) else merge
+        right = halves[-1] if isinstance(halves, list) and halves else None
+        if not isinstance(right, str) or not right.startswith(prefix):
+            raise TokenizerError(
+                f"{name}: merges do not fit continuing_subword_prefix; restore the file from its source"
+            )
 
 
 def _read_special_tokens(name: str, document: dict[str, object]) -> dict[str, int]:

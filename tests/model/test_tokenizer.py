@@ -15,7 +15,7 @@ import tiktoken
 import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import models, normalizers, pre_tokenizers
+from tokenizers import models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from model.byte_bpe import BYTE_ALPHABET, read_spelling, spell_bytes, split_pair
@@ -416,6 +416,23 @@ def test_ids_outside_the_vocabulary_are_noticed_at_load(tmp_path):
     document = json.loads(train_word_piece().to_str()) | {"post_processor": processor}
     with pytest.raises(TokenizerError, match=r"tokenizer\.json gives ids that its vocabulary lacks"):
         Tokenizer.load(write_tokenizer(tmp_path, document))
+
+
+def test_a_prefix_that_would_make_the_library_end_the_process_is_refused(byte_bpe_document, tmp_path):
+    document = replaced(byte_bpe_document, ("model", "continuing_subword_prefix"), "x")
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json: merges do not fit continuing_subword_prefix"):
+        Tokenizer.load(write_tokenizer(tmp_path, document))
+
+
+def test_subwords_with_a_prefix_run(tmp_path):
+    oracle = tokenizers.Tokenizer(models.BPE(continuing_subword_prefix="##", unk_token="?"))
+    oracle.pre_tokenizer = pre_tokenizers.Whitespace()
+    oracle.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=200, continuing_subword_prefix="##", show_progress=False)
+    )
+    tokenizer = Tokenizer.load(write_tokenizer(tmp_path, oracle))
+    assert any(token.startswith("##") for token in oracle.encode(CORPUS[0]).tokens)
+    assert tokenizer.encode(CORPUS[0]) == oracle.encode(CORPUS[0]).ids
 
 
 def all_paths(value, path=()):
