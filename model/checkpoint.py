@@ -246,15 +246,23 @@ def _generation_config(config_json: dict[str, object]) -> dict[str, object]:
 def _write_weights(folder: Path, tensors: dict[str, Tensor], max_shard_bytes: int) -> None:
     shards = _split(tensors, max_shard_bytes)
     if len(shards) == 1:
-        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        _save_tensors(folder / WEIGHTS_FILE, tensors)
         return
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file_name, metadata={"format": "pt"})
+        _save_tensors(folder / file_name, shard)
         weight_map |= dict.fromkeys(shard, file_name)
     total = sum(tensor.nbytes for tensor in tensors.values())
     _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """safetensors makes files that only their owner reads; ours follow the umask, as the rest of the folder does."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def _split(tensors: dict[str, Tensor], max_bytes: int) -> list[dict[str, Tensor]]:

@@ -79,6 +79,12 @@ def test_the_folder_holds_the_agreed_files(saved: Path) -> None:
     assert header["__metadata__"] == {"format": "pt"}
 
 
+def test_all_files_follow_the_umask(saved: Path, sharded: Path) -> None:
+    """A server under another user reads what a trainer wrote."""
+    for folder in (saved, sharded):
+        assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+
+
 def test_the_model_does_not_depend_on_its_files_afterwards(saved: Path) -> None:
     model = load_model(saved)
     with (saved / "model.safetensors").open("r+b") as file:
