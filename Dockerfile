@@ -33,6 +33,7 @@ COPY --from=build /opt/quill /opt/quill
 # Everything that writes goes to /tmp, so that the root may be read-only. /tmp must allow execution (`exec` for a
 # tmpfs): compiled kernels are loaded from there.
 ENV PATH=/opt/quill/bin:$PATH \
+    PYTHONSAFEPATH=1 \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     HOME=/tmp \
@@ -45,7 +46,6 @@ ENV PATH=/opt/quill/bin:$PATH \
     QUILL_HOST=0.0.0.0 \
     QUILL_PORT=8000
 VOLUME ["/models", "/data"]
-WORKDIR /models
 EXPOSE 8000
 USER 10001:10001
 STOPSIGNAL SIGTERM
