@@ -199,6 +199,21 @@ def test_an_evicted_head_is_found_again_together_with_its_tail() -> None:
     assert manager.match_prefix(make([1, 2, 3, 4, 5])) == 4
 
 
+def test_equal_prefixes_share_their_description() -> None:
+    """So that comparing two chains ends at their first common node, and a prefix is kept in memory once."""
+    manager = BlockManager(num_blocks=16, block_size=2)
+    first, second = make([1, 2, 3]), make([1, 2, 3, 4, 5])
+    assert manager.admit(first)
+    assert manager.admit(second)
+    compute(manager, first)
+    compute(manager, second)
+    assert second.block_contents[0] is first.block_contents[0]
+    assert second.block_contents[1].parent is first.block_contents[0]
+    third = make([1, 2, 3])
+    assert manager.admit(third)
+    assert third.block_contents[0] is first.block_contents[0]
+
+
 def test_prefix_caching_can_be_off() -> None:
     manager = BlockManager(num_blocks=8, block_size=2, prefix_caching=False)
     serve(manager, [1, 2, 3, 4])
