@@ -12,6 +12,7 @@ import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter, process_time
+from typing import cast
 from urllib.parse import urlsplit
 
 from benchmarks.recording import HEADER_END, Recording, ResponseHead, parse_head
@@ -64,8 +65,7 @@ class Connection(asyncio.Protocol):
         return self._transport is not None and not self._transport.is_closing()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's is not a subclass
 
     def send(self, request: bytes, recording: Recording) -> asyncio.Future[None]:
         """Write a request; the future ends with the response's last byte (or with the connection)."""
@@ -118,9 +118,9 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._finish()  # What is missing shows when the recording is read.
 
-    def close(self) -> None:
+    def abort(self) -> None:
         if self._transport is not None:
-            self._transport.close()
+            self._transport.abort()
 
 
 @dataclass
@@ -142,6 +142,7 @@ class LoadGenerator:
         self._target = target
         self._timeout = timeout
         self._idle: list[Connection] = []
+        self._all: list[Connection] = []
 
     async def connect(self, count: int) -> None:
         self._idle.extend(await asyncio.gather(*(self._open() for _ in range(count))))
@@ -153,6 +154,7 @@ class LoadGenerator:
         except OSError as error:
             place = f"{self._target.host}:{self._target.port}"
             raise TargetError(f"no server answers at {place} ({error.strerror or error})") from error
+        self._all.append(connection)
         return connection
 
     async def exchange(self, request: bytes, recording: Recording) -> None:
@@ -166,7 +168,6 @@ class LoadGenerator:
         try:
             await asyncio.wait_for(done, self._timeout)
         except TimeoutError as error:
-            connection.close()
             raise TargetError(f"a response took longer than {self._timeout:g} s") from error
         self._idle.append(connection)
 
@@ -217,6 +218,8 @@ class LoadGenerator:
         await run()
         return Run(recordings, perf_counter() - start, process_time() - cpu_start)
 
-    def close(self) -> None:
-        for connection in self._idle:
-            connection.close()
+    async def close(self) -> None:
+        """Drop every connection, those of requests under way as well."""
+        for connection in self._all:
+            connection.abort()
+        await asyncio.sleep(0)

@@ -105,9 +105,9 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
         gc.collect()
         gc.disable()
         run = await run_mode(generator, timed, args)
-        gc.enable()
     finally:
-        generator.close()
+        gc.enable()
+        await generator.close()
     return report(run, check(run, args.output_len))
 
 
