@@ -53,16 +53,21 @@ def make_model_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
 def _from_sizes(architecture: str | None, section: ModelSection) -> ModelConfig:
     if architecture is None:
         raise RecipeError("model.preset is not set: name one, or set model.architecture and every size")
-    missing = [name for name in _REQUIRED if getattr(section, name) is None]
-    if missing:
-        raise RecipeError(f"model.{missing[0]} is not set; without model.preset every size must be given")
-    assert section.num_layers and section.num_heads and section.hidden_size and section.max_seq_len
-    layers, heads, hidden = section.num_layers, section.num_heads, section.hidden_size
+    layers, heads, hidden, context = (_size(section, name) for name in _REQUIRED)
     if hidden % heads:
         raise RecipeError(f"model.hidden_size ({hidden}) must be a multiple of model.num_heads ({heads})")
     if architecture == "gpt2":
-        return gpt2_config(layers, heads, hidden, max_seq_len=section.max_seq_len)
+        return gpt2_config(layers, heads, hidden, max_seq_len=context)
     # SwiGLU has three matrices where an MLP has two: 8/3 of the width keeps the size of the usual 4.
     inner = section.intermediate_size or -(-8 * hidden // 48) * 16
     kv_heads = section.num_kv_heads or heads
-    return llama_config(layers, heads, kv_heads, hidden, inner, max_seq_len=section.max_seq_len)
+    return llama_config(layers, heads, kv_heads, hidden, inner, max_seq_len=context)
+
+
+def _size(section: ModelSection, name: str) -> int:
+    value = getattr(section, name)
+    if value is None:
+        raise RecipeError(f"model.{name} is not set; without model.preset every size must be given")
+    if value < 1:
+        raise RecipeError(f"model.{name} is {value} but must be at least 1")
+    return int(value)

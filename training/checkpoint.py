@@ -56,6 +56,15 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True, slots=True)
+class FoundState:
+    """A state to go on from; `damaged` are newer folders that could not be used, each with the reason."""
+
+    state: RunState
+    folder: Path
+    damaged: tuple[tuple[Path, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointManager:
     """Writes and finds the folders of one run."""
 
@@ -75,34 +84,32 @@ class CheckpointManager:
     def save_best(self, model: Transformer, provenance: Provenance) -> None:
         self._save_model("best", model, provenance)
 
-    def save(
-        self, model: Transformer, optimizer: torch.optim.Optimizer, state: RunState, provenance: Provenance
-    ) -> None:
-        """Writes `last`, step-N and the state, then removes the oldest of each."""
+    def save_last(self, model: Transformer, step: int, provenance: Provenance) -> None:
+        """Writes `last` and step-N, then removes the oldest step-N folders."""
         self._save_model("last", model, provenance)
         if self.keep:
-            step_folder = self.checkpoints / f"step-{state.step}"
-            replace_folder(step_folder, self._link_last, marker=CONFIG_FILE)
+            replace_folder(self.checkpoints / f"step-{step}", self._link_last, marker=CONFIG_FILE)
+        _remove_oldest(self.checkpoints, self.keep)
+
+    def save_state(self, model: Transformer, optimizer: torch.optim.Optimizer, state: RunState) -> None:
+        """Writes the state of `state.step`, then removes the oldest ones."""
         tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
         tensors |= {f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(optimizer, model).items()}
         replace_folder(
             self.states / f"step-{state.step}", lambda folder: _write_state(folder, state, tensors), marker=STATE_FILE
         )
-        _remove_oldest(self.checkpoints, self.keep)
         _remove_oldest(self.states, _KEPT_STATES)
 
-    def find_state(self) -> tuple[RunState, Path, list[str]]:
-        """The newest whole state, its folder, and why newer ones were passed over.
-
-        Raises ResumeError when no state is whole.
-        """
-        problems: list[str] = []
+    def find_state(self) -> FoundState:
+        """The newest whole state. Raises ResumeError when none is whole."""
+        damaged: list[tuple[Path, str]] = []
         for _, folder in reversed(step_folders(self.states)):
             try:
-                return read_state(folder), folder, problems
+                return FoundState(read_state(folder), folder, tuple(damaged))
             except ResumeError as error:
-                problems.append(str(error))
-        raise ResumeError("; ".join(problems) or f"{self.states}: holds no saved state")
+                damaged.append((folder, str(error)))
+        reasons = "; ".join(reason for _, reason in damaged)
+        raise ResumeError(f"{self.states}: holds no whole state ({reasons}); choose another run.dir")
 
     def _save_model(self, name: str, model: Transformer, provenance: Provenance) -> None:
         folder = self.checkpoints / name

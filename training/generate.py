@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from model.checkpoint import load_model
+from model.generate import generate
 from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
@@ -27,18 +28,9 @@ class Sample:
 
 
 def sample(model: Transformer, tokenizer: Tokenizer, prompt: str, params: SamplingParams) -> Sample:
-    """Raises RecipeError when the prompt and max_tokens do not fit in the model's context."""
-    from model.generate import generate
-
-    ids = prompt_ids(tokenizer, prompt)
-    context = model.config.max_seq_len
-    if len(ids) + params.max_tokens > context:
-        raise RecipeError(
-            f"the prompt has {len(ids)} tokens and --max-tokens is {params.max_tokens}, "
-            f"but the model's context is {context}"
-        )
-    result = generate(model, ids, params)
-    return result
+    """At most `params.max_tokens` tokens, fewer where the context ends. Raises PromptError for too long a prompt."""
+    result = generate(model, prompt_ids(tokenizer, prompt), params)
+    return Sample(tokenizer.decode(result.token_ids), result.token_ids, result.finish_reason, params.seed)
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -55,7 +47,7 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
 def generate_from_checkpoint(
     folder: Path, prompt: str, params: Sequence[SamplingParams], *, device: str, dtype: torch.dtype
 ) -> list[Sample]:
-    """One sample for each of `params`. Raises RecipeError, CheckpointError or TokenizerError."""
+    """One sample for each of `params`. Raises RecipeError, PromptError, CheckpointError or TokenizerError."""
     model = load_model(folder, dtype=dtype, device=resolve_device(device))
     tokenizer = Tokenizer.load(folder)
     return [sample(model, tokenizer, prompt, each) for each in params]

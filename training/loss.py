@@ -26,7 +26,7 @@ def summed_cross_entropy(
     if len(targets) <= rows:
         return _chunk_loss(compute_logits, hidden, targets)
     total = hidden.new_zeros((), dtype=torch.float32)
-    for part, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
+    for part, wanted in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True):
         if torch.is_grad_enabled():
             total = total + checkpoint(_chunk_loss, compute_logits, part, wanted, use_reentrant=False)
         else:

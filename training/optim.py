@@ -51,6 +51,8 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """The inverse of `optimizer_tensors`. Raises ResumeError when a moment is missing or misshapen."""
+    if not tensors:
+        return  # saved before the first step
     for name, parameter in model.named_parameters():
         state = {moment: tensors.get(f"{name}.{moment}") for moment in _MOMENTS}
         for moment, value in state.items():

@@ -12,20 +12,29 @@ from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from training.evaluate import Evaluation
-from training.generate import prompt_ids, sample
+from training.generate import sample
 
 
 class Reporter:
     """A context manager around the loop. `sample_tokens` 0 shows no samples."""
 
-    def __init__(self, console: Console, max_steps: int, *, sample_prompt: str, sample_tokens: int, seed: int) -> None:
+    def __init__(
+        self,
+        console: Console,
+        max_steps: int,
+        *,
+        first_step: int = 0,
+        sample_prompt: str,
+        sample_tokens: int,
+        seed: int,
+    ) -> None:
         self._console = console
         self._sample_prompt, self._sample_tokens, self._seed = sample_prompt, sample_tokens, seed
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
             console=console, disable=not console.is_terminal,
         )  # fmt: skip
-        self._task = self._progress.add_task("training", total=max_steps)
+        self._task = self._progress.add_task("training", total=max_steps, completed=first_step)
 
     def __enter__(self) -> Reporter:
         self._progress.start()
@@ -35,9 +44,6 @@ class Reporter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
-
-    def start(self, step: int) -> None:
-        self._progress.update(self._task, completed=step)
 
     def advance(self) -> None:
         self._progress.advance(self._task)
@@ -64,10 +70,7 @@ class Reporter:
         """Shows what the model writes after the prompt; the same seed every time, so samples can be compared."""
         if not self._sample_tokens:
             return
-        room = model.config.max_seq_len - len(prompt_ids(tokenizer, self._sample_prompt))
-        if room < 1:
-            return
-        params = SamplingParams(max_tokens=min(self._sample_tokens, room), temperature=0.8, seed=self._seed)
+        params = SamplingParams(max_tokens=self._sample_tokens, temperature=0.8, seed=self._seed)
         was_training = model.training
         model.eval()
         text = sample(model, tokenizer, self._sample_prompt, params).text

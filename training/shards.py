@@ -24,7 +24,7 @@ MANIFEST = "manifest.json"
 TOKENIZER_DIR = "tokenizer"
 FORMAT_VERSION = 1
 SHARD_TOKENS = 100_000_000
-_DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+_DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 
 class ShardInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -28,7 +28,7 @@ KNOWN_SOURCES = {
 _CHUNK = 1 << 20
 _DOWNLOAD_TIMEOUT_SECONDS = 60
 # A line end between two characters that are not white space. Byte, character and GPT-2 tokenizers never
-# join tokens across it, so text cut there encodes to the same ids as the whole.
+# join tokens across it, so that text cut there encodes to the same ids as the whole.
 _SAFE_CUT = re.compile(r"(?<=\S)\n(?=\S)")
 
 
@@ -88,14 +88,18 @@ def read_pieces(source: Source, *, cut: bool) -> Iterator[str]:
     rest = ""
     for chunk in read_text(source):
         rest += chunk
-        last = None
-        for last in _SAFE_CUT.finditer(rest, max(0, len(rest) - len(chunk) - 2)):
-            pass
-        if last is not None:
-            yield rest[: last.end()]
-            rest = rest[last.end() :]
+        end = _last_cut(rest, max(0, len(rest) - len(chunk) - 2))
+        if end:
+            yield rest[:end]
+            rest = rest[end:]
     if rest:
         yield rest
+
+
+def _last_cut(text: str, start: int) -> int:
+    """End of the last safe cut at or after `start`; 0 where there is none."""
+    ends = [match.end() for match in _SAFE_CUT.finditer(text, start)]
+    return ends[-1] if ends else 0
 
 
 def file_sha256(path: Path) -> str:

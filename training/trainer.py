@@ -127,7 +127,7 @@ class Trainer:
             inputs, targets = self._batch(micro)
             torch.manual_seed(_dropout_seed(settings.seed, micro, self.loader.rank))
             loss = self._forward(inputs, targets) / settings.grad_accum_steps
-            self.scaler.scale(loss).backward()
+            torch.autograd.backward(self.scaler.scale(loss))
             total += loss.detach()
         if settings.grad_clip:
             self.scaler.unscale_(self.optimizer)
@@ -187,8 +187,9 @@ class Trainer:
         tokens = step * self.config.tokens_per_step * self.loader.world_size
         self.log.write(step=step, split=split, loss=loss, lr=self._learning_rate(step - 1), tokens=tokens, **more)
 
-    def _save(self) -> None:
-        state = RunState(
+    def state(self) -> RunState:
+        """Where the run stands, for `CheckpointManager.save_state`."""
+        return RunState(
             step=self.progress.step,
             run_id=self.run_id,
             best_loss=self.progress.best_loss,
@@ -197,7 +198,10 @@ class Trainer:
             config=config_to_tree(self.config),
             scaler=self.scaler.state_dict(),
         )
-        self.checkpoints.save(self.model, self.optimizer, state, self._provenance())
+
+    def _save(self) -> None:
+        self.checkpoints.save_last(self.model, self.progress.step, self._provenance())
+        self.checkpoints.save_state(self.model, self.optimizer, self.state())
 
     def _provenance(self) -> Provenance:
         """The validation figures are given only where they are those of this very step."""

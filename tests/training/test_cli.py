@@ -1,0 +1,93 @@
+"""The command line as its users call it. In-process where possible: every new process imports torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from training import cli
+from training.recipe import config_to_toml
+
+
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: object) -> tuple[int, str, str]:
+    """Exit status, stdout, stderr."""
+    monkeypatch.setattr(sys, "argv", ["training", *map(str, args)])
+    status = 0
+    try:
+        cli.main()
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    output = capsys.readouterr()
+    return status, output.out, output.err
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_from_text_to_generated_text(
+    text_file: Path, make_config, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*args: object) -> str:
+        status, out, err = call(capsys, monkeypatch, *args)
+        assert (status, err) == (0, "")
+        return out
+
+    data, recipe = tmp_path / "data", tmp_path / "recipe.toml"
+    prepared = json.loads(run("prepare", "--input", text_file, "--out", data, "--tokenizer", "char", "--json"))
+    assert prepared["written"] is True
+    assert prepared["train"]["characters"] + prepared["val"]["characters"] == len(text_file.read_text("utf-8"))
+    recipe.write_text(config_to_toml(make_config()))
+    trained = run("train", recipe, "--resume", "never", f"data.dir={data}", "train.max_steps=4", "train.lr=5e-3")
+    assert "finished at step 4" in trained
+    best = Path(make_config().run.dir) / "checkpoints" / "best"
+    values = json.loads(run("evaluate", best, "--data", data, "--device", "cpu", "--json"))
+    assert {"loss", "perplexity", "bits_per_byte", "tokens"} == values.keys()
+    assert "bits per byte" in run("evaluate", best, "--text", text_file)
+    generated = json.loads(run("generate", best, "--prompt", "ink", "--max-tokens", 5, "--num-samples", 2, "--json"))
+    assert [sample["seed"] for sample in generated["samples"]] == [0, 1]
+    assert run("generate", best, "--prompt", "ink", "--max-tokens", 5) == "ink" + generated["samples"][0]["text"] + "\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("prepare", "--input", "absent.txt", "--out", "data"), "error: absent.txt: no such file"),
+        (("train", "absent.toml"), "error: absent.toml: no such recipe"),
+        (("evaluate", "absent", "--text", "absent.txt"), "error: absent is not a folder"),
+        (("generate", "absent"), "error: absent is not a folder"),
+        (("generate", "absent", "--temperature", "3"), "error: temperature must lie in"),
+    ],
+)
+def test_a_mistake_is_one_line_and_a_failing_exit_status(
+    args: tuple[str, ...], message: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    status, out, err = call(capsys, monkeypatch, *args)
+    assert (status, out) == (1, "")
+    assert err.startswith(message)
+    assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_needs_no_torch_and_explains_the_recipe() -> None:
+    code = (
+        "import sys; sys.argv = ['training', 'train', '--help']\n"
+        "from training.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "train.grad_accum_steps" in result.stdout
+
+
+def test_the_module_runs_and_fails_with_a_status(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "training", "prepare", "--input", str(tmp_path), "--out", str(tmp_path / "out")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ")
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,354 @@
+"""The loop against closed forms and against itself: accumulation, resume, signals, what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+import training.run
+from model.errors import CheckpointError
+from tests.training.conftest import ConfigMaker, make_text, train
+from training.checkpoint import step_folders
+from training.config import TrainConfig
+from training.errors import DivergedError, RecipeError, ResumeError
+from training.metrics import flops_per_token
+from training.optim import build_optimizer, decay_groups
+from training.prepare import PrepareRequest, prepare
+from training.run import make_trainer, open_inputs
+from training.trainer import Trainer
+
+TrainerMaker = Callable[[TrainConfig], Trainer]
+
+
+@pytest.fixture
+def new_trainer() -> Iterator[TrainerMaker]:
+    """A trainer that is driven by hand."""
+    made: list[Trainer] = []
+
+    def make(config: TrainConfig) -> Trainer:
+        Path(config.run.dir).mkdir(parents=True, exist_ok=True)
+        made.append(make_trainer(config, open_inputs(config), Console(quiet=True)))
+        return made[-1]
+
+    yield make
+    for trainer in made:
+        trainer.log.close()
+
+
+def metrics(config: TrainConfig) -> list[dict[str, object]]:
+    """The log without what depends on the clock."""
+    lines = [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "mfu")} for line in lines]
+
+
+def final_bytes(config: TrainConfig) -> list[bytes]:
+    """Weights, optimiser state and served weights of the finished run."""
+    run = Path(config.run.dir)
+    _, state = step_folders(run / "state")[-1]
+    folders = (
+        state / "training.safetensors",
+        *(run / "checkpoints" / n / "model.safetensors" for n in ("last", "best")),
+    )
+    return [path.read_bytes() for path in folders]
+
+
+def test_a_run_leaves_what_the_contract_names(make_config: ConfigMaker) -> None:
+    config = make_config(run__keep=1)
+    output = train(config)
+    run = Path(config.run.dir)
+    assert {path.name for path in run.iterdir()} == {".lock", "config.toml", "metrics.jsonl", "checkpoints", "state"}
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"best", "last", "step-8"}
+    assert {path.name for path in (run / "state").iterdir()} == {"step-4", "step-8"}
+    assert not [path for path in run.rglob("*") if path.suffix in (".pt", ".pkl", ".bin")]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["split"] == "train"] == list(range(1, 9))
+    assert [line["step"] for line in lines if line["split"] == "val"] == [4, 8]
+    for line in lines:
+        assert {"step", "split", "loss", "lr", "tokens"} <= line.keys()
+        assert line["tokens"] == line["step"] * 4 * 16
+    assert all(line["tokens_per_second"] > 0 and line["mfu"] > 0 for line in lines if line["split"] == "train")
+    manifest = json.loads((run / "checkpoints" / "last" / "manifest.json").read_text())
+    assert manifest["step"] == 8
+    assert manifest["validation_loss"] == lines[-1]["loss"]
+    assert manifest["bits_per_byte"] == lines[-1]["bits_per_byte"]
+    assert "finished at step 8" in output
+
+
+@pytest.mark.parametrize(("dtype", "accumulation"), [("float32", 1), ("bfloat16", 2)])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
+    dtype: str, accumulation: int, make_config: ConfigMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"train__dtype": dtype, "train__grad_accum_steps": accumulation}
+    whole = make_config(run__dir=str(tmp_path / "whole"), **changes)
+    train(whole)
+    parts = make_config(run__dir=str(tmp_path / "parts"), **changes)
+    original = Trainer.train_step
+    for stop_before in (3, 6):  # dies between saves: steps since the last one are lost and made again
+
+        def failing(self: Trainer, step: int, limit: int = stop_before) -> torch.Tensor:
+            if step == limit:
+                raise ConnectionError("power cut")
+            return original(self, step)
+
+        monkeypatch.setattr(Trainer, "train_step", failing)
+        with pytest.raises(ConnectionError):
+            train(parts)
+    monkeypatch.setattr(Trainer, "train_step", original)
+    torch.manual_seed(99)  # a resumed process has another global random state
+    assert "from step 4" in train(parts)
+    assert final_bytes(parts) == final_bytes(whole)
+    assert metrics(parts) == metrics(whole)
+
+
+def test_sigterm_saves_and_the_run_goes_on_from_there(
+    make_config: ConfigMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, parts = (make_config(run__dir=str(tmp_path / name)) for name in ("whole", "parts"))
+    train(whole)
+    original = Trainer.train_step
+
+    def signalling(self: Trainer, step: int) -> torch.Tensor:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, step)
+
+    monkeypatch.setattr(Trainer, "train_step", signalling)
+    assert "stopped and saved at step 3" in train(parts)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    monkeypatch.setattr(Trainer, "train_step", original)
+    assert "from step 3" in train(parts)
+    assert final_bytes(parts) == final_bytes(whole)
+    assert metrics(parts) == metrics(whole)
+
+
+def test_a_damaged_state_is_passed_over(make_config: ConfigMaker) -> None:
+    config = make_config()
+    train(config)
+    expected = final_bytes(config)
+    newest = Path(config.run.dir) / "state" / "step-8" / "training.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-1] ^= 1
+    newest.write_bytes(content)
+    output = train(config)
+    assert "removing a damaged state" in output
+    assert "from step 4" in output
+    assert final_bytes(config) == expected
+
+
+def test_what_may_not_continue_a_run_is_refused(make_config: ConfigMaker, text_file: Path, tmp_path: Path) -> None:
+    config = make_config()
+    train(config)
+    before = final_bytes(config)
+    with pytest.raises(ResumeError, match="already holds a run"):
+        train(config, resume="never")
+    with pytest.raises(ResumeError, match=r"train\.lr is 0\.5 but this run was started with 0\.01"):
+        train(make_config(train__lr=0.5))
+    with pytest.raises(ResumeError, match=r"model\.hidden_size is 32"):
+        train(make_config(model__hidden_size=32))
+    prepare(PrepareRequest((str(text_file),), tmp_path / "other", "bytes", val_fraction=0.2))
+    with pytest.raises(ResumeError, match=r"data\.dir .*: other data"):
+        train(make_config(data__dir=str(tmp_path / "other")))
+    for folder in (Path(config.run.dir) / "state").iterdir():
+        (folder / "state.json").write_text("{")
+    with pytest.raises(ResumeError, match="holds no whole state"):
+        train(config)
+    shutil.rmtree(Path(config.run.dir) / "state")
+    with pytest.raises(ResumeError, match="checkpoints but no state"):
+        train(config)
+    assert (Path(config.run.dir) / "checkpoints" / "last" / "model.safetensors").read_bytes() == before[1]
+    (tmp_path / "file").touch()
+    with pytest.raises(RecipeError, match="is a file"):
+        train(make_config(run__dir=str(tmp_path / "file")))
+
+
+def test_two_processes_do_not_share_a_run_folder(make_config: ConfigMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config()
+    original = training.run.make_trainer
+
+    def nested(*args: object) -> Trainer:
+        monkeypatch.setattr(training.run, "make_trainer", original)
+        with pytest.raises(ResumeError, match="another process"):
+            train(config)
+        return original(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(training.run, "make_trainer", nested)
+    assert "finished" in train(config)
+
+
+def test_accumulated_gradients_equal_those_of_the_larger_batch(
+    make_config: ConfigMaker, new_trainer: TrainerMaker, tmp_path: Path
+) -> None:
+    """The same 4 sequences as 1 × 4 and 4 × 1. Only the order of float32 sums differs, hence the tolerance."""
+    trainers = []
+    for count in (1, 4):
+        sizes = {"train__batch_size": 4 // count, "train__grad_accum_steps": count}
+        trainers.append(new_trainer(make_config(model__dropout=0.0, run__dir=str(tmp_path / str(count)), **sizes)))
+    for step in range(3):
+        one, many = (trainer.train_step(step) for trainer in trainers)
+        torch.testing.assert_close(one, many, rtol=1e-5, atol=1e-6)
+    for large, small in zip(*(trainer.model.parameters() for trainer in trainers), strict=True):
+        torch.testing.assert_close(large.grad, small.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_one_step_is_adamw_by_the_book(make_config: ConfigMaker, new_trainer: TrainerMaker) -> None:
+    """w − lr·(m̂ / (√v̂ + eps) + decay·w); at the first step m̂ / √v̂ is the gradient's sign."""
+    trainer = new_trainer(make_config(model__dropout=0.0, train__warmup_steps=0, train__grad_clip=0.0))
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train_step(0)
+    for name, parameter in trainer.model.named_parameters():
+        gradient = parameter.grad
+        assert gradient is not None
+        decay = 0.1 if parameter.dim() >= 2 else 0.0
+        old = before[name]
+        expected = old - 1e-2 * (gradient / (gradient.abs() + 1e-8) + decay * old)
+        torch.testing.assert_close(parameter.detach(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_decay_groups_hold_every_parameter_once(make_config: ConfigMaker, new_trainer: TrainerMaker) -> None:
+    trainer = new_trainer(make_config(model__architecture="gpt2", model__num_kv_heads=2))
+    decayed, others = decay_groups(trainer.model, 0.3)
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
+    in_decayed = {names[id(p)] for p in decayed["params"]}  # type: ignore[attr-defined]
+    in_others = {names[id(p)] for p in others["params"]}  # type: ignore[attr-defined]
+    assert in_decayed | in_others == set(names.values())
+    assert not in_decayed & in_others
+    assert {"embed_tokens.weight", "embed_positions.weight", "layers.0.attn.qkv_proj.weight"} <= in_decayed
+    assert {"final_norm.weight", "layers.1.mlp.up_proj.bias", "layers.0.attn_norm.bias"} <= in_others
+    assert build_optimizer(trainer.model, make_config().train).defaults["fused"] is True
+
+
+def test_gradients_are_clipped(make_config: ConfigMaker, new_trainer: TrainerMaker) -> None:
+    trainer = new_trainer(make_config(train__grad_clip=1e-3))
+    trainer.train_step(0)
+    norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in trainer.model.parameters()]))  # type: ignore[union-attr]
+    assert norm.item() == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_single_batch_is_learnt_by_heart(
+    dtype: str, make_config: ConfigMaker, new_trainer: TrainerMaker, tmp_path: Path
+) -> None:
+    (tmp_path / "short.txt").write_text(make_text(40, seed=1), encoding="utf-8")
+    data = tmp_path / "short"
+    prepare(PrepareRequest((str(tmp_path / "short.txt"),), data, "bytes"))
+    config = make_config(
+        data__dir=str(data), model__hidden_size=64, model__dropout=0.0, train__max_steps=150, train__batch_size=8,
+        train__lr=3e-3, train__dtype=dtype,
+    )  # fmt: skip
+    trainer = new_trainer(config)
+    trainer.loader = FirstBatch(trainer)  # type: ignore[assignment]
+    first = trainer.train_step(0).item()
+    for step in range(1, 150):
+        last = trainer.train_step(step).item()
+    assert first > 4.0
+    assert last < 0.3
+
+
+def test_half_precision_learns_like_single(make_config: ConfigMaker, new_trainer: TrainerMaker, tmp_path: Path) -> None:
+    losses = {}
+    for dtype in ("float32", "float16"):
+        config = make_config(model__dropout=0.0, train__dtype=dtype, run__dir=str(tmp_path / dtype))
+        trainer = new_trainer(config)
+        losses[dtype] = [trainer.train_step(step).item() for step in range(4)]
+        assert trainer.scaler.is_enabled() == (dtype == "float16")
+    assert losses["float16"] == pytest.approx(losses["float32"], abs=0.02)
+    assert losses["float16"][-1] < losses["float16"][0] - 0.1
+
+
+class FirstBatch:
+    """Gives the loader's first batch for ever."""
+
+    rank, world_size = 0, 1
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._batch = trainer.loader.batch(0)
+
+    def batch(self, micro_step: int) -> tuple[object, object]:
+        return self._batch
+
+
+def test_a_loss_that_is_no_number_stops_the_run_before_it_saves(
+    make_config: ConfigMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config()
+    original = Trainer.train_step
+
+    def diverging(self: Trainer, step: int) -> torch.Tensor:
+        loss = original(self, step)
+        return loss * float("nan") if step == 6 else loss
+
+    monkeypatch.setattr(Trainer, "train_step", diverging)
+    with pytest.raises(DivergedError, match="the loss is nan at step 7; lower"):
+        train(config)
+    assert step_folders(Path(config.run.dir) / "state")[-1][0] == 4
+
+
+def test_a_full_disk_is_one_clear_error_and_keeps_the_last_checkpoint(
+    make_config: ConfigMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config()
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    train(make_config(train__max_steps=4))
+    before = load_file(Path(config.run.dir) / "checkpoints" / "last" / "model.safetensors")
+    monkeypatch.setattr("model.checkpoint.save_file", full)
+    with pytest.raises(CheckpointError, match="cannot be written: No space left on device"):
+        train(config)
+    after = load_file(Path(config.run.dir) / "checkpoints" / "last" / "model.safetensors")
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_samples_are_shown_at_validation(make_config: ConfigMaker) -> None:
+    output = train(make_config(run__sample_tokens=5, run__sample_prompt="ink", train__max_steps=4))
+    assert output.count("sample: ink") == 1
+
+
+def test_flops_of_gpt2_124m() -> None:
+    """6 · 123,653,376 weights in products + 12 · 12 layers · 768 · 1,024, worked out by hand."""
+    from model.presets import create_config
+    from model.transformer import Transformer
+
+    config = create_config("gpt2")
+    with torch.device("meta"):
+        model = Transformer(config)
+    assert flops_per_token(model, config, 1_024) == 6 * 123_653_376 + 12 * 12 * 768 * 1_024
+    untied = create_config("gpt2-untied")
+    with torch.device("meta"):
+        model = Transformer(untied)
+    assert flops_per_token(model, untied, 1_024) == 6 * 123_653_376 + 12 * 12 * 768 * 1_024
+
+
+def test_impossible_recipes_name_what_is_wrong(make_config: ConfigMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = [
+        ({"train__device": "tpu"}, "device 'tpu' is unknown"),
+        ({"train__device": "cuda:99"}, "device 'cuda:99' is not available"),
+        ({"model__preset": "gpt2"}, "model.architecture and model.preset are both set"),
+        ({"model__architecture": None}, "model.preset is not set"),
+        ({"model__hidden_size": None}, "model.hidden_size is not set"),
+        ({"model__hidden_size": 17}, r"model.hidden_size \(17\) must be a multiple"),
+        ({"model__num_heads": 0}, "model.num_heads is 0"),
+    ]
+    for changes, message in cases:
+        given = {name: value for name, value in changes.items() if value is not None}
+        config = make_config(**given)
+        for name, value in changes.items():
+            if value is None:
+                object.__setattr__(config.model, name.partition("__")[2], None)
+        with pytest.raises(RecipeError, match=message):
+            train(config)
+        assert not Path(config.run.dir).exists()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match="start it without torchrun"):
+        train(make_config())
