@@ -184,9 +184,11 @@ class Sampler:
         scores[:, self.valid_vocab_size :] = -torch.inf
         scores.div_(random.temperature)
         probabilities(scores, out=probs)
-        if random.filters is not None:
-            random.filters.apply(probs, scratch=scores)
-        return draw(probs, uniforms(random.states, positions))
+        wide = None if random.filters is None else random.filters.apply(probs, scratch=scores)
+        token_ids = draw(probs, uniforms(random.states, positions))
+        if wide is not None:
+            wide.settle(probs, token_ids, random.states, positions, scratch=scores)
+        return token_ids
 
     def _buffers(self, rows: int) -> tuple[Tensor, Tensor]:
         """Two [rows, N] float32 buffers. On the CPU they are kept, since fresh pages cost more than the arithmetic;
@@ -195,5 +197,6 @@ class Sampler:
             workspace = torch.empty(2, rows, self._width, device=self.device)
             return workspace[0], workspace[1]
         if self._workspace.shape[1] < rows:
-            self._workspace = torch.empty(2, rows, self._width)
+            with torch.inference_mode(False):  # usable in and out of inference mode
+                self._workspace = torch.empty(2, rows, self._width)
         return self._workspace[0, :rows], self._workspace[1, :rows]

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 BLOCK = 256
 """Widths are padded to a multiple of this, and a draw looks for the block first, then inside it."""
 
 _MASK64 = 2**64 - 1
 _GAMMA = 0x9E3779B97F4A7C15
+_ATTEMPT_STEP = 0xD1342543DE82EF95
 _MULTIPLIER_1 = 0xBF58476D1CE4E5B9
 _MULTIPLIER_2 = 0x94D049BB133111EB
 _LARGEST_BELOW_ONE = 1.0 - 2.0**-53
@@ -36,13 +38,16 @@ def seed_state(seed: int) -> int:
     return _signed(z ^ (z >> 31))
 
 
-def uniforms(states: Tensor, positions: Tensor) -> Tensor:
-    """One uniform in [0, 1) with 53 random bits per row: a pure function of (state, position).
+def uniforms(states: Tensor, positions: Tensor, attempt: int = 0) -> Tensor:
+    """One uniform in [0, 1) with 53 random bits per row: a pure function of (state, position, attempt).
 
-    `states` [B] int64 come from `seed_state`, `positions` [B] int64 count the tokens generated so far.
+    `states` [B] int64 come from `seed_state`, `positions` [B] int64 count the tokens generated so far, and
+    `attempt` counts the draws that were rejected at that position.
     The stream is SplitMix64 (Steele, Lea and Flood, 2014), indexed by position instead of stepped.
     """
     z = (positions + 1).mul_(_signed(_GAMMA)).add_(states)
+    if attempt:
+        z += _signed(attempt * _ATTEMPT_STEP & _MASK64)
     z ^= (z >> 30).bitwise_and_(2**34 - 1)  # >> keeps the sign; the mask makes it a logical shift
     z *= _signed(_MULTIPLIER_1)
     z ^= (z >> 27).bitwise_and_(2**37 - 1)
@@ -82,17 +87,23 @@ def draw(weights: Tensor, uniform: Tensor) -> Tensor:
     `weights` [R, N] float32, non-negative, need not sum to one; `uniform` [R] float64 in [0, 1). Returns int64 [R].
     An id of weight zero is never returned: its running sum equals its predecessor's. A row of NaN gives id 0.
     """
+    if weights.shape[1] == BLOCK:
+        return _invert(weights, uniform[:, None])
     bounds = block_sums(weights)
-    target = uniform * bounds[:, -1]
-    block = (bounds <= target[:, None]).sum(dim=-1, keepdim=True)
-    upper = bounds.gather(1, block)
-    lower = bounds.gather(1, (block - 1).clamp_(min=0)).masked_fill_(block == 0, 0.0)
+    target = uniform[:, None] * bounds[:, -1:]
+    block = (bounds <= target).sum(dim=-1, keepdim=True)
+    lower, upper = pad(bounds, (1, 0)).gather(1, torch.cat((block, block + 1), dim=-1)).split(1, dim=-1)
     # How far into its block the target lies, as a share: the block's own sum may differ in the last bits.
-    share = ((target[:, None] - lower) / (upper - lower)).clamp_(0.0, _LARGEST_BELOW_ONE)
-    ids = block * BLOCK + torch.arange(BLOCK, device=weights.device)
-    inner = weights.gather(1, ids).double().cumsum(dim=-1)
-    offset = (inner <= share * inner[:, -1:]).sum(dim=-1)
-    return block.squeeze(1).mul_(BLOCK).add_(offset)
+    share = ((target - lower) / (upper - lower)).clamp_(0.0, _LARGEST_BELOW_ONE)
+    start = block.mul_(BLOCK)
+    inside = weights.gather(1, start + torch.arange(BLOCK, device=weights.device))
+    return _invert(inside, share).add_(start.squeeze(1))
+
+
+def _invert(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Inverse-CDF draw from one block: `weights` [R, BLOCK], `uniform` [R, 1] below 1 → int64 [R]."""
+    sums = weights.double().cumsum(dim=-1)
+    return (sums <= uniform * sums[:, -1:]).sum(dim=-1)
 
 
 def argmax(scores: Tensor) -> Tensor:

@@ -5,6 +5,9 @@ nucleus (the fewest largest probabilities whose sum reaches top_p of what top_k 
 Ties at a threshold are therefore all kept, and the outcome depends neither on a sort's order nor on what the
 neighbours asked for. The three combine as their maximum.
 
+On the CPU a nucleus is found among the 256 largest probabilities; where it is wider, `model.sampling_nucleus` draws
+from it without a threshold. On CUDA, where a look from the host would cost a wait, it is always bisected.
+
 R is rows, U the rows that use top_k or top_p, N the padded width.
 """
 
@@ -17,6 +20,7 @@ import torch
 from torch import Tensor
 
 from model.sampling_draw import total_mass
+from model.sampling_nucleus import WideNuclei
 from model.sampling_params import SamplingParams
 
 _NUCLEUS_CANDIDATES = 256
@@ -67,28 +71,31 @@ class Filters:
             min_p=column(min_p, torch.float32) if any(min_p) else None,
         )
 
-    def apply(self, probs: Tensor, scratch: Tensor) -> None:
+    def apply(self, probs: Tensor, scratch: Tensor) -> WideNuclei | None:
         """Set what the filters drop from `probs` [R, N] to zero, in place; `scratch` [R, N] is overwritten.
 
-        A row without filters is left as it is, to the bit.
+        A row without filters is left as it is, to the bit. Nuclei that are returned are not cut out of their rows:
+        what is drawn from those must be settled.
         """
-        torch.ge(probs, self.thresholds(probs, scratch), out=scratch)
+        threshold, wide = self._thresholds(probs, scratch)
+        torch.ge(probs, threshold, out=scratch)
         probs.mul_(scratch)
+        return wide
 
-    def thresholds(self, probs: Tensor, scratch: Tensor) -> Tensor:
+    def _thresholds(self, probs: Tensor, scratch: Tensor) -> tuple[Tensor, WideNuclei | None]:
         """The smallest probability that each row keeps [R, 1]; 0 for a row without filters."""
-        if self.top_k_index is None and self.top_p is None:
-            threshold = probs.new_zeros(probs.shape[0], 1)
-        elif self.rows is None:
-            threshold = self._rank_thresholds(probs, scratch)
-        else:
-            ranked = self._rank_thresholds(probs.index_select(0, self.rows), scratch[: self.rows.shape[0]])
-            threshold = probs.new_zeros(probs.shape[0], 1).index_copy_(0, self.rows, ranked)
-        if self.min_p is None:
-            return threshold
-        return torch.maximum(threshold, probs.amax(dim=-1, keepdim=True) * self.min_p)
+        threshold, wide = probs.new_zeros(probs.shape[0], 1), None
+        if self.rows is not None:
+            ranked, wide = self._rank_thresholds(probs.index_select(0, self.rows), scratch[: self.rows.shape[0]])
+            threshold.index_copy_(0, self.rows, ranked)
+            wide = None if wide is None else WideNuclei(self.rows[wide.rows], wide.target)
+        elif self.top_k_index is not None or self.top_p is not None:
+            threshold, wide = self._rank_thresholds(probs, scratch)
+        if self.min_p is not None:
+            threshold = torch.maximum(threshold, probs.amax(dim=-1, keepdim=True) * self.min_p)
+        return threshold, wide
 
-    def _rank_thresholds(self, probs: Tensor, scratch: Tensor) -> Tensor:
+    def _rank_thresholds(self, probs: Tensor, scratch: Tensor) -> tuple[Tensor, WideNuclei | None]:
         """Thresholds of top_k and top_p for `probs` [U, N] → [U, 1]."""
         sorted_top_k = self.top_k_index is not None and self.max_top_k <= _MAX_SORTED_TOP_K
         width = self.max_top_k if sorted_top_k else 0
@@ -104,32 +111,31 @@ class Filters:
                 kth = largest_threshold(probs, (self.top_k_index + 1).double(), scratch, count=True)
             floor = torch.where(self.top_k_on, kth, floor)
         if self.top_p is None or self.top_p_on is None:
-            return floor
+            return floor, None
         if self.top_k_index is None:
             kept = total_mass(probs)
         else:
             torch.ge(probs, floor, out=scratch)
             kept = total_mass(scratch.mul_(probs))
-        nucleus = self._nucleus(probs, kept[:, None] * self.top_p, candidates, scratch)
-        return torch.maximum(floor, torch.where(self.top_p_on, nucleus, 0.0))
+        target = kept[:, None] * self.top_p
+        if probs.is_cuda:
+            nucleus, wide = largest_threshold(probs, target, scratch), None
+        else:
+            nucleus, wide = _narrow_nuclei(candidates[:, :_NUCLEUS_CANDIDATES], target, self.top_p_on)
+        return torch.maximum(floor, torch.where(self.top_p_on, nucleus, 0.0)), wide
 
-    def _nucleus(self, probs: Tensor, target: Tensor, candidates: Tensor, scratch: Tensor) -> Tensor:
-        """Smallest probability of each row's nucleus [U, 1], which holds at least `target` [U, 1] float64.
 
-        On the CPU most nuclei end within the first candidates; the rows that go on are bisected. How many
-        candidates are tried is fixed, so that a row takes the same way whatever its neighbours need.
-        """
-        if probs.is_cuda or self.top_p_on is None:
-            return largest_threshold(probs, target, scratch)
-        candidates = candidates[:, :_NUCLEUS_CANDIDATES]
-        sums = candidates.double().cumsum(dim=-1)
-        index = (sums < target).sum(dim=-1, keepdim=True).clamp_(max=_NUCLEUS_CANDIDATES - 1)
-        nucleus = candidates.gather(1, index)
-        wide = ((sums[:, -1:] < target) & self.top_p_on).squeeze(1).nonzero().squeeze(1)
-        if wide.numel():
-            bisected = largest_threshold(probs[wide], target[wide], scratch[: wide.numel()])
-            nucleus.index_copy_(0, wide, bisected)
-        return nucleus
+def _narrow_nuclei(candidates: Tensor, target: Tensor, top_p_on: Tensor) -> tuple[Tensor, WideNuclei | None]:
+    """The smallest probability [U, 1] of nuclei that end among the candidates [U, 256], best first; 0 for wider ones.
+
+    How many candidates are tried is fixed, so that a row goes one way or the other whatever its neighbours need.
+    """
+    sums = candidates.double().cumsum(dim=-1)
+    index = (sums < target).sum(dim=-1, keepdim=True)
+    is_wide = (index == candidates.shape[1]) & top_p_on
+    nucleus = candidates.gather(1, index.clamp_(max=candidates.shape[1] - 1)).masked_fill_(is_wide, 0.0)
+    rows = is_wide.squeeze(1).nonzero().squeeze(1)
+    return nucleus, WideNuclei(rows, target[rows]) if rows.numel() else None
 
 
 def top_values(values: Tensor, k: int) -> Tensor:

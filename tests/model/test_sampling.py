@@ -34,7 +34,7 @@ def exact_distribution(logits: Tensor, params: SamplingParams) -> Tensor:
         x[token_id] += bias
     p = torch.softmax(x / params.temperature, dim=-1)
     if params.top_k:
-        p = torch.where(p >= p.sort(descending=True).values[params.top_k - 1], p, 0.0)
+        p = torch.where(p >= p.sort(descending=True).values[min(params.top_k, len(p)) - 1], p, 0.0)
         p /= p.sum()
     ordered = p.sort(descending=True).values
     inside = ordered[(ordered.cumsum(0) - ordered) < params.top_p]
@@ -52,6 +52,8 @@ def exact_distribution(logits: Tensor, params: SamplingParams) -> Tensor:
         SamplingParams(seed=4, top_k=5),
         SamplingParams(seed=5, top_p=0.7),
         SamplingParams(seed=6, min_p=0.1),
+        SamplingParams(seed=9, temperature=2.0, top_p=0.97),
+        SamplingParams(seed=10, temperature=2.0, top_p=0.75, top_k=600, min_p=0.04),
         SamplingParams(seed=2**63 - 1, temperature=1.3, top_k=20, top_p=0.9, min_p=0.02),
         SamplingParams(seed=8, logit_bias={3: 4.0, 30: -100.0}, top_k=10),
     ],

@@ -13,9 +13,10 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from model.sampling_draw import block_sums, draw, padded_width, probabilities, seed_state, uniforms
+from model.sampling_draw import block_sums, draw, padded_width, probabilities, seed_state, total_mass, uniforms
 from model.sampling_edits import Penalties
 from model.sampling_filters import Filters, largest_threshold, top_values
+from model.sampling_nucleus import WideNuclei
 from model.sampling_params import SamplingParams
 
 VOCAB = 3_000
@@ -34,7 +35,10 @@ def filtered(logits: Tensor, params: list[SamplingParams]) -> Tensor:
     probs = probabilities(scores)
     filters = Filters.build(params, logits.shape[1], torch.device("cpu"))
     if filters is not None:
-        filters.apply(probs, scores)
+        wide = filters.apply(probs, scores)
+        if wide is not None:
+            threshold = largest_threshold(probs[wide.rows], wide.target, scores[: len(wide.rows)])
+            probs[wide.rows] *= probs[wide.rows] >= threshold
     return (probs / probs.sum(-1, keepdim=True))[:, : logits.shape[1]]
 
 
@@ -88,6 +92,21 @@ def test_repetition_penalty_agrees_with_transformers(penalty: float) -> None:
     torch.testing.assert_close(scores[:, :VOCAB], theirs, atol=0.0, rtol=0.0)
 
 
+def test_a_draw_is_settled_in_its_nucleus_and_nowhere_else() -> None:
+    """Started from every id in turn: one inside stays, one outside is redrawn until it is inside."""
+    vocab_size, top_p = 1_024, 0.6
+    logits = (torch.randn(1, vocab_size, generator=torch.Generator().manual_seed(0)) * 0.3).expand(vocab_size, -1)
+    probs = probabilities(padded(logits).contiguous())
+    rows, states = torch.arange(vocab_size), torch.arange(vocab_size) * 12_345
+    wide = WideNuclei(rows, torch.full((vocab_size, 1), top_p, dtype=torch.float64) * total_mass(probs)[:, None])
+    inside = filtered(logits[:1], [SamplingParams(top_p=top_p)])[0] > 0
+    assert 256 < int(inside.sum()) < vocab_size
+    token_ids = rows.clone()
+    wide.settle(probs, token_ids, states, torch.zeros_like(rows), torch.empty_like(probs))
+    assert bool(inside[token_ids].all())
+    assert torch.equal(token_ids == rows, inside)
+
+
 def test_ties_at_a_threshold_are_all_kept() -> None:
     logits = torch.tensor([[5.0, 1.0, 3.0, 3.0, 3.0, 0.0]])
     assert (filtered(logits, [SamplingParams(top_k=2)]) > 0).tolist() == [[True, False, True, True, True, False]]
@@ -126,8 +145,11 @@ def test_a_weight_of_zero_is_never_drawn(uniform: float) -> None:
     weights[1, [255, 256, 1_023]] = torch.tensor([1e-20, 1.0, 1e-20])
     weights[2, 256:512] = 1.0 / 256
     weights[3, [3, 900]] = torch.tensor([1e-38, 1e-38])
-    ids = draw(weights, torch.full((4,), uniform, dtype=torch.float64))
-    assert bool((weights.gather(1, ids[:, None]) > 0).all())
+    uniforms_of_rows = torch.full((4,), uniform, dtype=torch.float64)
+    for part in (weights, weights[:, 256:512].contiguous(), weights[:, 512:].contiguous()):
+        some = part.sum(-1) > 0
+        ids = draw(part[some], uniforms_of_rows[some])
+        assert bool((part[some].gather(1, ids[:, None]) > 0).all())
 
 
 def test_draws_invert_the_running_sum_in_order_of_id() -> None:
