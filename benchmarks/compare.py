@@ -79,16 +79,19 @@ def print_latencies(console: Console, http: Figures) -> None:
 
 
 def print_ratios(console: Console, found: Sequence[Ratio]) -> None:
-    table = Table(title="Ratios", title_justify="left")
-    for column in ("", "streams", "ours", "theirs", "against", "ratio", "goal"):
-        table.add_column(column, justify="left" if column in ("", "against") else "right")
-    for ratio in found:
-        goal = "" if ratio.goal is None else f"{ratio.goal:.1f} {'met' if ratio.met else 'MISSED'}"
-        table.add_row(
-            ratio.name, str(ratio.streams), f"{ratio.ours:,.0f}", f"{ratio.theirs:,.0f}", ratio.against,
-            f"{ratio.value:.2f}", goal,
-        )  # fmt: skip
+    table = Table(title="Ratios, ours ÷ theirs, and against whom", title_justify="left")
+    table.add_column("")
+    for streams in CLIENTS:
+        table.add_column(f"{streams} stream{'s' if streams > 1 else ''}")
+    for name in dict.fromkeys(ratio.name for ratio in found):
+        cells = {ratio.streams: ratio_cell(ratio) for ratio in found if ratio.name == name}
+        table.add_row(name, *(cells.get(streams, "") for streams in CLIENTS))
     console.print(table)
+
+
+def ratio_cell(ratio: Ratio) -> str:
+    goal = "" if ratio.goal is None else f", goal {ratio.goal:.1f} {'met' if ratio.met else 'MISSED'}"
+    return f"{ratio.value:.2f} ({ratio.against}{goal})"
 
 
 def prepare(args: argparse.Namespace, console: Console) -> Plan:
@@ -185,7 +188,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 150)
     try:
         return run(args, console)
     except (PeersError, FileNotFoundError) as error:

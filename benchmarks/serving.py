@@ -134,7 +134,7 @@ def print_table(figures: dict[str, Any]) -> None:
         row = figures[name]
         cells = [f"{row[key]:.2f}" for key in ("mean", "p50", "p99")] if row else ["–"] * 3
         table.add_row(name.removesuffix("_ms").upper(), *cells)
-    console = Console()
+    console = Console(soft_wrap=True)
     console.print(table)
     console.print(
         f"{figures['output_tokens_per_second']:.1f} output tokens/s, {figures['requests_per_second']:.2f} requests/s, "
@@ -142,6 +142,9 @@ def print_table(figures: dict[str, Any]) -> None:
         f"(client: {figures['client_cpu_seconds']:.2f} s of CPU)",
         highlight=False,
     )
+    if figures["cached_tokens"]:
+        cached = figures["cached_tokens"]
+        console.print(f"{cached} prompt tokens came from the server's prefix cache: use a --seed not used before")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

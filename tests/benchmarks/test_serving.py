@@ -72,7 +72,6 @@ def test_latencies_are_those_of_the_server(capsys: pytest.CaptureFixture[str]) -
         figures = run_benchmark(fake, capsys, "--clients", "1", "--requests", "1")
     # The server waits 10 ms after each write: after the headers, then after each of twelve tokens.
     assert 10 <= figures["ttft_ms"]["p50"] <= figures["e2e_ms"]["p50"]
-    assert figures["itl_ms"]["p50"] >= 9.5
     assert figures["e2e_ms"]["p50"] >= 120
 
 
@@ -135,14 +134,8 @@ def test_a_url_that_cannot_be_driven_is_refused(url: str) -> None:
 
 
 def test_waves_do_not_overlap() -> None:
-    order: list[str] = []
-
-    def answer(body: dict[str, Any]) -> list[bytes]:
-        order.append("start")
-        return stream_of(body)
-
     async def run() -> list[tuple[float, float]]:
-        async with fake_server(answer, pause=0.002) as fake:
+        async with fake_server(pause=0.002) as fake:
             target = Target.from_url(fake.url)
             generator = LoadGenerator(target)
             await generator.connect(3)
