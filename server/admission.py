@@ -7,12 +7,11 @@ import asyncio
 import math
 import secrets
 import time
-from dataclasses import dataclass, field
 
 from model.errors import InvalidSamplingParamsError, TokenizerError
 from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
-from server.engine.interface import EngineClient, EngineUnavailableError, QueueFullError
+from server.engine.interface import EngineUnavailableError, QueueFullError
 from server.engine.messages import EngineInfo
 from server.error_handlers import from_sampling_error
 from server.errors import (
@@ -24,39 +23,12 @@ from server.errors import (
     loading_error,
 )
 from server.generation import SEED_BITS, Generation, Prompt
-from server.lifecycle import Lifecycle
 from server.metrics import Metrics
 from server.output import TextDecoder
 from server.schemas.native import GenerateRequest
-from server.settings import Settings
-from server.sse import Heartbeat
+from server.services import Services
 
 LONG_TEXT = 2_000  # characters; longer texts are tokenised off the event loop
-
-
-@dataclass
-class Services:
-    """What the routes need. `tokenizer` is set once it is loaded, before any request is admitted."""
-
-    settings: Settings
-    engine: EngineClient
-    lifecycle: Lifecycle
-    metrics: Metrics
-    heartbeat: Heartbeat
-    tokenizer: Tokenizer | None = None
-    models: list[str] = field(default_factory=list)
-
-    def set_tokenizer(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.lifecycle.tokenizer_loaded = True
-
-    @property
-    def ready_info(self) -> EngineInfo:
-        """The engine's description. Raises what a client is told while there is none."""
-        info = self.engine.info
-        if info is None:
-            raise self.lifecycle.health_error() or loading_error()
-        return info
 
 
 async def admit(body: GenerateRequest, services: Services) -> Generation:

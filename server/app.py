@@ -8,7 +8,6 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from model.tokenizer import Tokenizer
-from server.admission import Services
 from server.auth import ApiKeys
 from server.engine.interface import EngineClient
 from server.error_handlers import handle_api_error, handle_http_exception
@@ -17,6 +16,7 @@ from server.lifecycle import Lifecycle
 from server.metrics import Metrics
 from server.middleware import AuthMiddleware, BodyLimitMiddleware, HostMiddleware, RequestContextMiddleware
 from server.routes import native, openai, ops
+from server.services import Services
 from server.settings import Settings
 from server.sse import Heartbeat
 

@@ -32,13 +32,15 @@ def main(argv: list[str] | None = None) -> int:
 
 async def _serve(settings: Settings, keys: ApiKeys, listener: socket.socket) -> int:
     from server.engine.client import AsyncEngine
+    from server.lifecycle import Signals
 
+    signals = Signals()
     engine = AsyncEngine(settings.engine_config(), settings.max_queued_requests)
     await engine.start()
     from server.serve import allow_many_connections, serve
 
     allow_many_connections()
-    return await serve(settings, keys, listener, engine)
+    return await serve(settings, keys, listener, engine, signals)
 
 
 def listen(host: str, port: int) -> socket.socket:

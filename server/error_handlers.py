@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import http
+import logging
 
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
@@ -15,6 +16,8 @@ from model.errors import InvalidSamplingParamsError
 from server.errors import ApiError, HttpError, InternalError, InvalidRequestError, error_body
 
 REQUEST_ID = "quill.request_id"
+
+logger = logging.getLogger("server")
 
 
 def request_id(scope: Scope) -> str:
@@ -81,3 +84,9 @@ def _unknown_field(name: str, schema: type[BaseModel]) -> str:
     close = difflib.get_close_matches(name, schema.model_fields, n=1) if len(name) <= 64 else []
     hint = f"; did you mean {close[0]}?" if close else f"; the fields are {', '.join(schema.model_fields)}"
     return f"the body has a field that is not known here{hint}"
+
+
+def log_fault(error: Exception, scope: Scope) -> ApiError:
+    """Log a fault that has no error shape of its own, and give the shape that the client sees."""
+    logger.error("request failed", exc_info=error, extra={"request_id": request_id(scope)})
+    return InternalError()

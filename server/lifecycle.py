@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
 from typing import Protocol
 
 from server.engine.interface import EngineClient
 from server.errors import ApiError, draining_error, engine_down_error, loading_error
+
+
+class Signals:
+    """SIGTERM and SIGINT, from the moment this exists: the first asks for a drain, another for the end."""
+
+    def __init__(self) -> None:
+        self.first = asyncio.Event()
+        self.again = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+
+    def _on_signal(self) -> None:
+        (self.again if self.first.is_set() else self.first).set()
 
 
 class Interruptible(Protocol):

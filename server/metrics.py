@@ -20,7 +20,7 @@ from server.engine.messages import RequestTimings
 
 FINISH_REASONS = ("stop", "length", "deadline", "abort", "error")
 REJECTIONS = ("queue_full", "deadline_unreachable", "loading", "draining", "engine_down")
-STATUS_CLASSES = ("1xx", "2xx", "3xx", "4xx", "5xx")
+STATUS_CLASSES = ("2xx", "3xx", "4xx", "5xx")
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.25, 2.5, 5, 10, 20, 40, 80, 160)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000)

@@ -15,9 +15,8 @@ import time
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.auth import ApiKeys
-from server.error_handlers import REQUEST_ID, request_id, send_error
+from server.error_handlers import REQUEST_ID, send_error
 from server.errors import (
-    ApiError,
     BodyTooLargeError,
     ClientGoneError,
     HostNotAllowedError,
@@ -188,9 +187,3 @@ class BodyLimitMiddleware:
             return message
 
         await self._app(scope, limited_receive, send)
-
-
-def log_fault(error: Exception, scope: Scope) -> ApiError:
-    """Log a fault that has no error shape of its own, and give the shape that the client sees."""
-    logger.error("request failed", exc_info=error, extra={"request_id": request_id(scope)})
-    return InternalError()

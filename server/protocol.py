@@ -76,12 +76,14 @@ class GuardedProtocol(HttpToolsProtocol):
         if not self._in_body:
             self._num_head_bytes += len(data)
         super().data_received(data)
-        if not self._in_body and self._num_head_bytes > MAX_HEAD_BYTES and not self._answering:
+        if not self._in_body and self._num_head_bytes > MAX_HEAD_BYTES:
             self._refuse(HEAD_TOO_LARGE)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._num_header_bytes = 0
+        if self._deadline is None:
+            self._arm_deadline()
         scope = cast(MutableMapping[str, Any], self.scope)
         scope[ABORT_CONNECTION] = self.transport.abort
 
@@ -140,6 +142,9 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _deadline_passed(self) -> None:
         self._deadline = None
+        if self.pipeline or (self._answering and not self._in_body):
+            self._arm_deadline()  # an earlier answer is under way: the next request's time has not come
+            return
         answered = self._in_body and self.cycle is not None and self.cycle.response_started
         if answered or not self._num_received:
             self.transport.abort()
@@ -147,11 +152,13 @@ class GuardedProtocol(HttpToolsProtocol):
             self._refuse(TIMED_OUT)
 
     def _refuse(self, answer: bytes) -> None:
-        """Say why and close, unless an answer is already under way; the app sees a client that has left."""
+        """Say why and close, or just cut an answer that is under way; the app sees a client that has left."""
         if self.transport.is_closing():
             return
-        if not (self._answering and self.cycle.response_started):
-            self.transport.write(answer)
+        if self._answering and self.cycle.response_started:
+            self.transport.abort()
+            return
+        self.transport.write(answer)
         if self._answering:
             self.cycle.disconnected = True
             self.cycle.message_event.set()

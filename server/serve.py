@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import logging
 import resource
-import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -18,11 +17,12 @@ import uvicorn
 
 from model.errors import QuillError
 from model.tokenizer import Tokenizer
-from server.admission import Services
 from server.app import create_app
 from server.auth import ApiKeys
 from server.engine.interface import EngineClient, EngineUnavailableError
+from server.lifecycle import Signals
 from server.protocol import ConnectionLimits, guarded_protocol
+from server.services import Services
 from server.settings import Settings
 
 logger = logging.getLogger("server")
@@ -39,20 +39,6 @@ class StartupError(Exception):
     """The engine or the tokenizer could not be loaded; one sentence for the operator."""
 
 
-class Signals:
-    """SIGTERM and SIGINT: the first asks for a drain, another for the end."""
-
-    def __init__(self) -> None:
-        self.first = asyncio.Event()
-        self.again = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal)
-
-    def _on_signal(self) -> None:
-        (self.again if self.first.is_set() else self.first).set()
-
-
 class HttpServer(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -65,10 +51,10 @@ async def serve(
     keys: ApiKeys,
     listener: socket.socket,
     engine: EngineClient,
+    signals: Signals,
     load_tokenizer: LoadTokenizer = lambda settings: Tokenizer.load(settings.model_path),
 ) -> int:
     """Serve on `listener` until a signal or the engine's end; the engine has been started. Returns the exit code."""
-    signals = Signals()
     app = create_app(settings, engine, keys)
     services: Services = app.state.services
     server = HttpServer(uvicorn_config(app, settings))

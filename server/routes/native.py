@@ -9,17 +9,18 @@ import msgspec
 from fastapi import APIRouter, Request
 from pydantic import ValidationError
 from starlette.background import BackgroundTask
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from server.admission import Services, admit
+from server.admission import admit
 from server.engine.messages import EngineInfo
-from server.error_handlers import from_validation_error, request_id
+from server.error_handlers import from_validation_error, log_fault, request_id
 from server.errors import ApiError, ClientGoneError, InvalidRequestError, error_body
 from server.generation import Generation
-from server.middleware import log_fault
 from server.output import ChoiceDelta, TokenLogprob, Usage
 from server.schemas.native import GenerateRequest
+from server.services import Services
 from server.sse import DONE, EventSender, data_event, error_event
 
 router = APIRouter()
@@ -82,12 +83,14 @@ async def generate(request: Request) -> Response:
 
 
 async def read_generate_body(request: Request) -> GenerateRequest:
-    """The body, strictly validated. Raises InvalidRequestError."""
+    """The body, strictly validated. Raises InvalidRequestError, or ClientGoneError if it never came whole."""
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise InvalidRequestError("the Content-Type header must be application/json")
     try:
         return GenerateRequest.model_validate_json(await request.body())
+    except ClientDisconnect:
+        raise ClientGoneError from None
     except ValidationError as error:
         raise from_validation_error(error, GenerateRequest) from None
 

@@ -7,8 +7,8 @@ import time
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from server.admission import Services
 from server.routes.ops import json_response
+from server.services import Services
 
 router = APIRouter()
 _STARTED = int(time.time())

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
-from server.admission import Services
+from server.services import Services
 
 router = APIRouter()
 

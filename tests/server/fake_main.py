@@ -16,6 +16,7 @@ from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
 from server.auth import ApiKeys
 from server.cli import listen
+from server.lifecycle import Signals
 from server.logs import setup_logging
 from server.serve import serve
 from server.settings import load_settings
@@ -35,7 +36,7 @@ async def main() -> int:
     engine.script = script
     await engine.start()
     listener = listen(settings.host, settings.port)
-    return await serve(settings, ApiKeys([]), listener, engine, lambda settings: Tokenizer.bytes())
+    return await serve(settings, ApiKeys([]), listener, engine, Signals(), lambda settings: Tokenizer.bytes())
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+from server.engine.interface import QueueFullError
 from tests.server.conftest import client_for, make_app
 from tests.server.fake_engine import FakeEngine, Plan, says
 
@@ -211,4 +212,18 @@ async def test_a_request_that_fails_leaves_the_others() -> None:
     assert failed.status_code == 503
     assert failed.json()["error"]["code"] == "request_failed"
     assert fine.json()["choices"][0]["text"] == "aaaaa"
+    assert not engine.live
+
+
+async def test_choices_are_admitted_all_or_none(engine: FakeEngine, client: httpx.AsyncClient) -> None:
+    real = engine.submit
+
+    def third_fails(*args: Any) -> Any:
+        if len(engine.submitted) == 2:
+            raise QueueFullError(3)
+        return real(*args)
+
+    engine.submit = third_fails  # type: ignore[method-assign]
+    assert (await client.post("/generate", json={"prompt": "p", "n": 3})).status_code == 429
+    assert [stream.aborted for stream in engine.submitted] == [True, True]
     assert not engine.live

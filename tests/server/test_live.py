@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import time
@@ -135,6 +136,34 @@ def _is_closed(sock: socket.socket) -> bool:
         return False
 
 
+def test_a_pipelined_request_has_a_deadline_too(server: LiveServer) -> None:
+    with server.connect() as sock:
+        sock.sendall(post({"prompt": "p"}) + post({"prompt": "p"})[:-3])
+        begun = time.monotonic()
+        answers = read_all(sock)
+        assert time.monotonic() - begun < 2.5
+    assert answers.count(b"HTTP/1.1 200 ") == 1
+    assert answers.count(b"HTTP/1.1 408 ") == 1
+
+
+def test_pipelined_requests_wait_for_a_long_answer(server: LiveServer) -> None:
+    server.engine.script = says("a" * 8, delay=0.1)
+    with server.connect() as sock:
+        sock.sendall(post({"prompt": "p"}) + post({"prompt": "p"}, headers="Connection: close\r\n"))
+        assert read_all(sock).count(b"HTTP/1.1 200 ") == 2
+
+
+def test_headers_cannot_grow_behind_a_stream(server: LiveServer) -> None:
+    server.engine.script = says("a" * 100, delay=0.05)
+    with server.connect() as sock:
+        sock.sendall(post({"prompt": "p", "stream": True}))
+        assert sock.recv(100).startswith(b"HTTP/1.1 200 ")
+        with contextlib.suppress(OSError):
+            sock.sendall(b"GET / HTTP/1.1\r\nX-Big: " + b"a" * 400_000)
+        read_all(sock)
+    assert wait_until(lambda: not server.engine.live) < 1.0
+
+
 def test_a_long_answer_outlives_the_deadline_to_arrive(server: LiveServer) -> None:
     server.engine.script = says("a" * 10, delay=0.1)
     assert httpx.post(f"{server.url}/generate", json={"prompt": "p"}).json()["choices"][0]["text"] == "a" * 10
@@ -195,9 +224,7 @@ def test_a_wish_to_upgrade_is_ignored(server: LiveServer) -> None:
 
 
 def test_connections_are_capped(server: LiveServer) -> None:
-    from contextlib import ExitStack
-
-    with ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         socks = [stack.enter_context(server.connect()) for _ in range(21)]
         answer = socks[-1].recv(65_536)
         assert answer.startswith(b"HTTP/1.1 503 ")

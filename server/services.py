@@ -1,0 +1,39 @@
+"""What the routes need, gathered in one place: `app.state.services`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from model.tokenizer import Tokenizer
+from server.engine.interface import EngineClient
+from server.engine.messages import EngineInfo
+from server.errors import loading_error
+from server.lifecycle import Lifecycle
+from server.metrics import Metrics
+from server.settings import Settings
+from server.sse import Heartbeat
+
+
+@dataclass
+class Services:
+    """`tokenizer` is set once it is loaded, before any request is admitted."""
+
+    settings: Settings
+    engine: EngineClient
+    lifecycle: Lifecycle
+    metrics: Metrics
+    heartbeat: Heartbeat
+    tokenizer: Tokenizer | None = None
+    models: list[str] = field(default_factory=list)
+
+    def set_tokenizer(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.lifecycle.tokenizer_loaded = True
+
+    @property
+    def ready_info(self) -> EngineInfo:
+        """The engine's description. Raises what a client is told while there is none."""
+        info = self.engine.info
+        if info is None:
+            raise self.lifecycle.health_error() or loading_error()
+        return info
