@@ -34,7 +34,7 @@ from training.shards import (
     read_manifest,
     write_manifest,
 )
-from training.sources import Source, read_pieces, read_text, resolve_sources
+from training.sources import Input, Source, check_inputs, fetch, read_pieces, read_text
 
 _QUEUED_PER_WORKER = 4
 # Tokenizers known to give the same ids for text cut at `sources._SAFE_CUT`; others get whole documents.
@@ -81,12 +81,12 @@ def prepare(
     anything else is replaced only with `force`. `on_progress` gets encoded and total characters.
     Raises RecipeError, DataError or TokenizerError; the folder is then untouched.
     """
+    inputs = check_inputs(request.inputs, request.digests)
+    if (request.out / MANIFEST).is_file() and not request.force:
+        return _existing(request, inputs), False
     with tempfile.TemporaryDirectory(prefix="quill-prepare-") as downloads:
-        sources = resolve_sources(request.inputs, request.digests, Path(downloads))
+        sources = [fetch(item, Path(downloads)) for item in inputs]
         tokenizer = make_tokenizer(request.tokenizer, sources)
-        existing = _existing(request, sources, tokenizer)
-        if existing is not None:
-            return existing, False
         replace_folder(
             request.out,
             lambda folder: _write(folder, request, sources, tokenizer, on_progress, shard_tokens),
@@ -114,17 +114,19 @@ def make_tokenizer(name: str, sources: Sequence[Source]) -> Tokenizer:
     return Tokenizer.load(path) if path.is_dir() else Tokenizer.from_file(path)
 
 
-def _existing(request: PrepareRequest, sources: Sequence[Source], tokenizer: Tokenizer) -> DataManifest | None:
-    out = request.out
-    if not (out / MANIFEST).is_file() or request.force:
-        return None
-    manifest = read_manifest(out)
-    wanted = [(source.sha256, source.num_bytes) for source in sources]
-    same_sources = wanted == [(source.sha256, source.bytes) for source in manifest.sources]
-    same = same_sources and manifest.tokenizer_digest == tokenizer.digest
-    if same and manifest.val_fraction == request.val_fraction:
+def _existing(request: PrepareRequest, inputs: Sequence[Input]) -> DataManifest:
+    """The manifest of `request.out`, if that is what preparing would write. Raises DataError if it is not."""
+    manifest = read_manifest(request.out)
+    if request.tokenizer == "char":  # the same text has the same characters
+        same_tokenizer = manifest.tokenizer == "characters"
+    else:
+        same_tokenizer = manifest.tokenizer_digest == make_tokenizer(request.tokenizer, ()).digest
+    same_text = [item.sha256 for item in inputs] == [source.sha256 for source in manifest.sources]
+    if same_tokenizer and same_text and manifest.val_fraction == request.val_fraction:
         return manifest
-    raise DataError(f"{out}: already holds other prepared data; choose another --out or pass --force to replace it")
+    raise DataError(
+        f"{request.out}: already holds other prepared data; choose another --out or pass --force to replace it"
+    )
 
 
 def _write(

@@ -42,30 +42,45 @@ class Source:
     num_bytes: int
 
 
-def resolve_sources(inputs: Sequence[str], digests: Sequence[str], folder: Path) -> list[Source]:
-    """Local files stay where they are; URLs and short names are downloaded into `folder` and checked.
+@dataclass(frozen=True, slots=True)
+class Input:
+    """What the user named, checked as far as that needs no download: a local file or a URL with its digest."""
 
-    `digests` belong to the URLs in the order of `inputs`; a short name brings its own.
-    Raises RecipeError for a URL without a digest, DataError for what is missing, empty or has another sha256.
+    origin: str
+    sha256: str
+    file_name: str
+    path: Path | None = None
+
+
+def check_inputs(inputs: Sequence[str], digests: Sequence[str]) -> list[Input]:
+    """`digests` belong to the URLs in the order of `inputs`; a short name brings its own.
+
+    Raises RecipeError for a URL without a digest, DataError for a file that is missing or empty.
     """
     if not inputs:
         raise RecipeError("--input names no text: give a file, a URL or a short name")
     remaining = list(digests)
-    sources: list[Source] = []
+    checked: list[Input] = []
     for item in inputs:
         if item in KNOWN_SOURCES and not Path(item).exists():
             url, digest = KNOWN_SOURCES[item]
-            sources.append(_download(url, digest, folder / f"{item}.txt"))
+            checked.append(Input(url, digest, f"{item}.txt"))
         elif urlparse(item).scheme in ("http", "https"):
             if not remaining:
                 raise RecipeError(f"{item}: a URL needs --sha256 with the digest of its content")
-            name = f"{len(sources)}-{Path(urlparse(item).path).name or 'input'}"
-            sources.append(_download(item, remaining.pop(0).lower(), folder / name))
+            name = f"{len(checked)}-{Path(urlparse(item).path).name or 'input'}"
+            checked.append(Input(item, remaining.pop(0).lower(), name))
         else:
-            sources.append(_local(item))
+            checked.append(_local(item))
     if remaining:
         raise RecipeError("--sha256 is given more often than there are URLs in --input")
-    return sources
+    return checked
+
+
+def fetch(item: Input, folder: Path) -> Source:
+    """Local files stay where they are; URLs are downloaded into `folder`. Raises DataError for another digest."""
+    path = item.path or _download(item.origin, item.sha256, folder / item.file_name)
+    return Source(item.origin, path, item.sha256, path.stat().st_size)
 
 
 def read_text(source: Source) -> Iterator[str]:
@@ -107,19 +122,18 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _local(item: str) -> Source:
+def _local(item: str) -> Input:
     path = Path(item)
     if path.is_dir():
         raise DataError(f"{item}: a folder; name the text files in it one by one")
     if not path.is_file():
         raise DataError(f"{item}: no such file")
-    size = path.stat().st_size
-    if size == 0:
+    if path.stat().st_size == 0:
         raise DataError(f"{item}: the file is empty")
-    return Source(origin=path.name, path=path, sha256=file_sha256(path), num_bytes=size)
+    return Input(path.name, file_sha256(path), path.name, path)
 
 
-def _download(url: str, sha256: str, target: Path) -> Source:
+def _download(url: str, sha256: str, target: Path) -> Path:
     """Writes beside the target, compares the digest, then renames, so a target is always whole and right."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".part")
@@ -135,4 +149,4 @@ def _download(url: str, sha256: str, target: Path) -> Source:
         raise DataError(f"{url}: cannot be downloaded ({reason}); download it elsewhere and pass the file") from None
     finally:
         partial.unlink(missing_ok=True)
-    return Source(origin=url, path=target, sha256=sha256, num_bytes=target.stat().st_size)
+    return target

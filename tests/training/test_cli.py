@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.training.conftest import ConfigMaker
 from training import cli
 from training.recipe import config_to_toml
+from training.trainer import Trainer
 
 
 def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: object) -> tuple[int, str, str]:
@@ -25,9 +30,12 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *a
     return status, output.out, output.err
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_from_text_to_generated_text(
-    text_file: Path, make_config, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    text_file: Path,
+    make_config: ConfigMaker,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def run(*args: object) -> str:
         status, out, err = call(capsys, monkeypatch, *args)
@@ -48,6 +56,26 @@ def test_from_text_to_generated_text(
     generated = json.loads(run("generate", best, "--prompt", "ink", "--max-tokens", 5, "--num-samples", 2, "--json"))
     assert [sample["seed"] for sample in generated["samples"]] == [0, 1]
     assert run("generate", best, "--prompt", "ink", "--max-tokens", 5) == "ink" + generated["samples"][0]["text"] + "\n"
+
+
+def test_sigterm_ends_training_with_status_0(
+    make_config: ConfigMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Trainer.train_step
+
+    def signalling(self: Trainer, step: int) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, step)
+
+    monkeypatch.setattr(Trainer, "train_step", signalling)
+    (tmp_path / "recipe.toml").write_text(config_to_toml(make_config()))
+    status, out, err = call(capsys, monkeypatch, "train", tmp_path / "recipe.toml")
+    assert (status, err) == (0, "")
+    assert "stopped and saved at step 1" in out
+    monkeypatch.setattr(Trainer, "train_step", original)
+    status, out, err = call(capsys, monkeypatch, "train", tmp_path / "recipe.toml", "train.max_steps=0")
+    assert (status, out) == (1, "")
+    assert err == "error: train.max_steps is 0 but must lie between 1 and 1000000000000\n"
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,10 @@ def test_a_download_is_used_only_with_its_digest(website: tuple[str, Path], tmp_
     manifest, _ = prepare(PrepareRequest((f"{url}/a.txt",), tmp_path / "out", "bytes", digests=(digest,)))
     assert manifest.sources[0].sha256 == digest
     assert bytes(tokens_of(tmp_path / "out", "train") + tokens_of(tmp_path / "out", "val")) == content
+    (folder / "a.txt").rename(folder / "moved.txt")
+    again = PrepareRequest((f"{url}/a.txt",), tmp_path / "out", "bytes", digests=(digest,))
+    assert prepare(again) == (manifest, False)  # nothing is downloaded for what is already there
+    (folder / "moved.txt").rename(folder / "a.txt")
     with pytest.raises(DataError, match=r"sha256 is .* not 0000"):
         prepare(PrepareRequest((f"{url}/a.txt",), tmp_path / "other", "bytes", digests=("0" * 64,)))
     with pytest.raises(DataError, match="cannot be downloaded"):

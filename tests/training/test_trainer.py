@@ -352,3 +352,19 @@ def test_impossible_recipes_name_what_is_wrong(make_config: ConfigMaker, monkeyp
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RecipeError, match="start it without torchrun"):
         train(make_config())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch.compile's own imports
+def test_compiled_training_equals_eager(make_config: ConfigMaker, new_trainer: TrainerMaker, tmp_path: Path) -> None:
+    losses = []
+    for compiled in (False, True):
+        config = make_config(
+            model__dropout=0.0,
+            train__compile=compiled,
+            train__grad_accum_steps=2,
+            run__dir=str(tmp_path / f"{compiled}"),
+        )
+        trainer = new_trainer(config)
+        losses.append([trainer.train_step(step).item() for step in range(3)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
