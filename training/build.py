@@ -37,10 +37,13 @@ def make_model_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
     values |= {"vocab_size": tokenizer.vocab_size}
     values |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     preset, architecture = values.pop("preset", None), values.pop("architecture", None)
-    if preset is not None and architecture is not None:
-        raise RecipeError("model.architecture and model.preset are both set; a preset brings its own architecture")
     if preset is not None:
         model_config = create_config(preset, **values)
+        if architecture not in (None, model_config.architecture):
+            raise RecipeError(
+                f"model.architecture is {architecture} but model.preset {preset} is a {model_config.architecture}; "
+                "leave one of them out"
+            )
     else:
         model_config = dataclasses.replace(_from_sizes(architecture, config.model), **values)
     if config.train.seq_len > model_config.max_seq_len:

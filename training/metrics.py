@@ -45,14 +45,13 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return _measured_cpu_peak(dtype) if device.type == "cpu" else None
 
 
-def _measured_cpu_peak(dtype: torch.dtype, size: int = 1024, repeats: int = 5) -> float:
+def _measured_cpu_peak(dtype: torch.dtype, size: int = 1024, seconds: float = 0.3) -> float:
     # CPUs multiply bfloat16 fast and float16 hardly ever, so 16-bit training is measured against the former.
-    left = torch.ones(size, size, dtype=torch.bfloat16 if dtype == torch.float16 else dtype)
-    left @ left
-    best = float("inf")
-    for _ in range(repeats):
+    matrix = torch.ones(size, size, dtype=torch.bfloat16 if dtype == torch.float16 else dtype)
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
         start = time.perf_counter()
-        left @ left
+        matrix @ matrix
         best = min(best, time.perf_counter() - start)
     return 2.0 * size**3 / best
 

@@ -49,7 +49,7 @@ class Reporter:
         self._progress.advance(self._task)
 
     def line(self, text: str) -> None:
-        self._console.print(escape(text), highlight=False)
+        self._console.print(escape(text), highlight=False, soft_wrap=True)
 
     def training(self, step: int, loss: float, lr: float, tokens_per_second: float, mfu: float | None) -> None:
         share = "" if mfu is None else f"  mfu {mfu:.1%}"

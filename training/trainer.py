@@ -77,6 +77,7 @@ class Trainer:
     _flops_per_token: float = field(init=False)
     _peak_flops: float | None = field(init=False)
     _watch: Stopwatch = field(default_factory=Stopwatch)
+    _speed: float = 0.0
 
     def __post_init__(self) -> None:
         self._forward = torch.compile(self._micro_loss) if self.config.train.compile else self._micro_loss
@@ -177,15 +178,27 @@ class Trainer:
     def _log_step(self, loss: Tensor) -> None:
         value = loss.item()
         self._require_finite(value)
-        rate = self._watch.read()
-        mfu = None if self._peak_flops is None else rate * self._flops_per_token / self._peak_flops
-        self._write("train", value, tokens_per_second=round(rate, 1), mfu=None if mfu is None else round(mfu, 4))
-        self.report.training(self.progress.step, value, self._learning_rate(self.progress.step - 1), rate, mfu)
+        self._speed = self._watch.read()
+        self._write("train", value)
+        rate = self._learning_rate(self.progress.step - 1)
+        self.report.training(self.progress.step, value, rate, self._speed, self._mfu())
 
-    def _write(self, split: str, loss: float, **more: float | None) -> None:
-        step = self.progress.step
-        tokens = step * self.config.tokens_per_step * self.loader.world_size
-        self.log.write(step=step, split=split, loss=loss, lr=self._learning_rate(step - 1), tokens=tokens, **more)
+    def _mfu(self) -> float | None:
+        return None if self._peak_flops is None else self._speed * self._flops_per_token / self._peak_flops
+
+    def _write(self, split: str, loss: float, **more: float) -> None:
+        """One line of metrics.jsonl; speed is that of the last logged steps."""
+        step, mfu = self.progress.step, self._mfu()
+        self.log.write(
+            step=step,
+            split=split,
+            loss=loss,
+            lr=self._learning_rate(step - 1),
+            tokens_per_second=round(self._speed, 1),
+            mfu=None if mfu is None else round(mfu, 5),
+            tokens=step * self.config.tokens_per_step * self.loader.world_size,
+            **more,
+        )
 
     def state(self) -> RunState:
         """Where the run stands, for `CheckpointManager.save_state`."""
