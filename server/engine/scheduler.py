@@ -144,8 +144,8 @@ class Scheduler:
         expired = self._expire(now)
         decodes: list[Sequence] = []
         prefills: list[Sequence] = []
-        preempted, budget = self._schedule_running(decodes, prefills)
-        if not preempted and self._waiting:
+        budget = self._schedule_running(decodes, prefills)
+        if self._waiting:
             self._admit_waiting(decodes, prefills, budget, now)
         return _make_batch(decodes, prefills, expired)
 
@@ -174,41 +174,36 @@ class Scheduler:
                 results.append(self._take_token(seq, token_id, now))
         return results
 
-    def _schedule_running(self, decodes: list[Sequence], prefills: list[Sequence]) -> tuple[bool, int]:
-        """Fill the lists with running sequences, oldest first. Returns whether one was preempted and the budget left.
+    def _schedule_running(self, decodes: list[Sequence], prefills: list[Sequence]) -> int:
+        """Fill the lists with running sequences, oldest first. Returns the budget left.
 
         Every decode has its token set aside before prompts share the rest.
         """
         running = list(self._running.values())
         size = self.block_manager.block_size
         budget = self.max_num_batched_tokens - sum([_is_decode(seq) for seq in running])
-        preempted = False
         for seq in running:
             if seq.request_id not in self._running:
                 break  # preempted for an older one, as are all after it
             if _is_decode(seq):
-                computed = seq.num_computed_tokens
-                if computed >= len(seq.block_table) * size and not self.block_manager.allocate_slots(seq, 1):
-                    preempted = True
-                    if not self._preempt_for(seq):
-                        break
+                if seq.num_computed_tokens >= len(seq.block_table) * size and not self._make_room(seq):
+                    break
                 seq.num_scheduled_tokens = 1
                 decodes.append(seq)
             else:
                 budget -= _schedule_prefill(seq, budget)
                 if seq.num_scheduled_tokens:
                     prefills.append(seq)
-        return preempted, budget
+        return budget
 
-    def _preempt_for(self, seq: Sequence) -> bool:
-        """Preempt the newest sequences until `seq` has a slot for one token; False if that reaches `seq` itself."""
-        while True:
+    def _make_room(self, seq: Sequence) -> bool:
+        """Give `seq` a slot for one token, preempting the newest sequences as needed; False if that reached `seq`."""
+        while not self.block_manager.allocate_slots(seq, 1):
             victim = self._running.popitem()[1]
             self._preempt(victim)
             if victim is seq:
                 return False
-            if self.block_manager.allocate_slots(seq, 1):
-                return True
+        return True
 
     def _preempt(self, seq: Sequence) -> None:
         """Give up a sequence's blocks: its tokens, prompt and output, will be computed again."""

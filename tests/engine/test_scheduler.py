@@ -383,12 +383,13 @@ def test_the_newest_is_preempted_and_continues_at_its_output_position() -> None:
         engine.step()
     assert (old.num_preemptions, new.num_preemptions) == (0, 1)
     assert engine.scheduler.waiting == [new]
-    kept, first_token = list(new.output_token_ids), new.first_token
+    kept, times = list(new.output_token_ids), (new.first_scheduled, new.first_token)
     assert kept
     engine.add([3], params(1))
     engine.run()
     assert new.output_token_ids[: len(kept)] == kept
-    assert (new.num_output_tokens, new.first_token) == (9, first_token)
+    assert (new.first_scheduled, new.first_token) == times
+    assert new.num_output_tokens == 9
     assert engine.scheduler.generation_tokens == 9 + 9 + 1
     assert engine.scheduler.prompt_tokens == 3 + 3 + 1
     engine.check_outputs()
@@ -468,6 +469,26 @@ def test_choices_of_one_prompt_wait_for_its_first_computation() -> None:
     engine.check_outputs()
 
 
+def test_a_longer_prompt_waits_for_all_of_the_shorter_one() -> None:
+    engine = Engine(num_blocks=40, block_size=4, max_num_seqs=8, budget=64)
+    engine.add([1] * 8, params(3))
+    longer = engine.add([1] * 8 + [2] * 3, params(3))
+    engine.step()
+    engine.step()
+    assert longer.cached_tokens == 8
+
+
+def test_a_late_one_waits_for_the_last_chunk_of_its_prefix() -> None:
+    engine = Engine(num_blocks=40, block_size=4, max_num_seqs=8, budget=16)
+    engine.add([1] * 20, params(3))
+    engine.step()
+    late = engine.add([1] * 20 + [2], params(3))
+    batch, _ = engine.step()
+    assert batch.num_scheduled_tokens == [4]
+    engine.step()
+    assert late.cached_tokens == 20
+
+
 def test_a_small_common_part_does_not_hold_anyone_back() -> None:
     engine = Engine(num_blocks=40, block_size=4, max_num_seqs=8, budget=64)
     engine.add([1] * 4 + [2] * 10, params(3))
@@ -487,11 +508,12 @@ def test_nobody_waits_for_blocks_that_will_not_be_cached() -> None:
 
 
 def test_admission_keeps_a_block_for_each_running_sequence() -> None:
-    engine = Engine(num_blocks=6, block_size=2, max_num_seqs=4, budget=12)
+    engine = Engine(num_blocks=7, block_size=2, max_num_seqs=4, budget=12)
     engine.add([1] * 4, params(4))
     engine.step()
     late = engine.add([2] * 8, params(4))
     engine.step()
+    assert engine.manager.num_free_blocks == 4, "what it needs, and no more"
     assert late.status is SequenceStatus.WAITING
     engine.run()
     assert engine.scheduler.num_preemptions == 0
@@ -547,6 +569,17 @@ def test_deadlines_end_waiting_and_running_sequences() -> None:
     assert waiting.first_scheduled == 0.0
     engine.run()
     assert in_time.finish_reason == "length"
+
+
+def test_a_deadline_does_not_outlive_its_sequence() -> None:
+    engine = Engine(num_blocks=8, block_size=4)
+    engine.add([1], params(1), deadline=5.0)
+    engine.run()
+    again = Sequence(0, [1], params(20), (), engine.max_model_len, 0.0, deadline=100.0)
+    engine.scheduler.add(again)
+    engine.run()
+    assert engine.clock.now > 5.0
+    assert again.finish_reason == "length"
 
 
 def test_finished_sequences_do_not_pile_up_behind_far_deadlines() -> None:
