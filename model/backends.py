@@ -5,20 +5,26 @@ from __future__ import annotations
 import torch
 
 from model.attention_cpu import NativeBackend
+from model.attention_cuda import select_cuda_backend
 from model.config import ModelConfig
 from model.errors import ConfigError
 from model.paged_attention import AttentionBackend, TorchBackend
 
 
-def select_backend(name: str, config: ModelConfig, device: torch.device | str, dtype: torch.dtype) -> AttentionBackend:
+def select_backend(
+    name: str, config: ModelConfig, device: torch.device | str, dtype: torch.dtype, block_size: int = 16
+) -> AttentionBackend:
     """The backend called `name`, or the fastest that can run `config` there for "auto".
 
-    Raises ConfigError if the named one cannot run here.
+    `block_size` is the cache's: not every backend reads blocks of every size. Raises ConfigError if the named
+    backend cannot run here.
     """
-    on_cpu = torch.device(device).type == "cpu"
+    device = torch.device(device)
     if name == "torch":
         return TorchBackend()
-    if name in ("auto", "native") and on_cpu and NativeBackend.supports(config, dtype):
+    if device.type == "cuda" and name in ("auto", "varlen", "triton"):
+        return select_cuda_backend(name, config, device, dtype, block_size)
+    if name in ("auto", "native") and device.type == "cpu" and NativeBackend.supports(config, dtype):
         return NativeBackend()
     if name == "auto":
         return TorchBackend()
