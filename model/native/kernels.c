@@ -20,6 +20,7 @@
 
 #define TILE 16     /* tokens in a tile, and lanes in a vector */
 #define MAX_ROWS 4  /* query rows that share the loads of one pass over the keys */
+#define MAX_GROUP 4 /* tiles whose scores are computed together */
 
 typedef float v16f __attribute__((vector_size(64), may_alias));
 typedef float v16f_u __attribute__((vector_size(64), aligned(4), may_alias));
@@ -215,7 +216,7 @@ static void *take(char **at, size_t size) {
 
 static int make_scratch(const attention_step *p, int64_t max_tiles, scratch *s) {
     const size_t tokens = (size_t)max_tiles * TILE, padded = (size_t)padded_dim(p->head_dim);
-    const size_t need = MAX_ROWS * (padded * 12 + tokens * 8) + (size_t)max_tiles * 16 + 64 * 16;
+    const size_t need = MAX_ROWS * (padded * 12 + tokens * 8) + (size_t)(max_tiles + MAX_GROUP) * 16 + 64 * 16;
     if (need > arena_size) {
         free(arena);
         arena = aligned_alloc(64, (need + 63) / 64 * 64);
@@ -228,8 +229,8 @@ static int make_scratch(const attention_step *p, int64_t max_tiles, scratch *s) 
     s->weights = take(&at, MAX_ROWS * tokens * 4);
     s->sums = take(&at, MAX_ROWS * padded * 4);
     s->output = take(&at, MAX_ROWS * padded * 4);
-    s->key_tiles = take(&at, (size_t)max_tiles * 8);
-    s->value_tiles = take(&at, (size_t)max_tiles * 8);
+    s->key_tiles = take(&at, (size_t)(max_tiles + MAX_GROUP) * 8);
+    s->value_tiles = take(&at, (size_t)(max_tiles + MAX_GROUP) * 8);
     return 1;
 }
 

@@ -35,7 +35,8 @@ static inline void NAME(store_token)(ELEMENT *key_tile, ELEMENT *value_tile, con
     for (int64_t i = 0; i < head_dim; i++) row[i * PAIR] = value[i];
 }
 
-/* Scores of ROWS query rows against TILES tiles: scores[row][tile * 16 + lane]. */
+/* Scores of ROWS query rows against TILES tiles: scores[row][tile * 16 + lane]. The pointers of the TILES tiles behind
+ * them are read too, for prefetching: blocks lie anywhere in memory, where the hardware does not look ahead. */
 static inline __attribute__((always_inline)) void NAME(score_tiles)(const int ROWS, const int TILES,
                                                                     const char *const *tiles, const uint32_t *query,
                                                                     int64_t steps, float scale, float *scores,
@@ -45,6 +46,7 @@ static inline __attribute__((always_inline)) void NAME(score_tiles)(const int RO
     for (int64_t step = 0; step < steps; step++)
         for (int t = 0; t < TILES; t++) {
             v16u keys = *(const v16u *)(tiles[t] + step * 64);
+            __builtin_prefetch(tiles[t + TILES] + step * 64);
             for (int r = 0; r < ROWS; r++)
                 acc[r * TILES + t] = DOT(acc[r * TILES + t], keys, query[r * steps + step]);
         }
@@ -61,12 +63,13 @@ static inline __attribute__((always_inline)) void NAME(weigh_tiles)(const int RO
     for (int64_t tile = 0; tile * TILE < tokens; tile++) {
         int64_t left = tokens - tile * TILE;
         int64_t here = left >= TILE ? steps : (left + PAIR - 1) / PAIR;
-        const char *values = tiles[tile];
+        const char *values = tiles[tile], *ahead = tiles[tile + 1];
         const uint32_t *w = weights + tile * steps;
         for (int64_t step = 0; step < here; step++) {
             const int half = PAIR == 2 && step * PAIR + 1 >= left;
             for (int c = 0; c < CHUNKS; c++) {
                 v16u v = *(const v16u *)(values + (step * padded_dim + c * TILE) * 4);
+                __builtin_prefetch(ahead + (step * padded_dim + c * TILE) * 4);
                 if (half) v = LOWER_HALF(v);
                 for (int r = 0; r < ROWS; r++)
                     acc[r * CHUNKS + c] = DOT(acc[r * CHUNKS + c], v, w[r * stride + step]);
@@ -90,7 +93,7 @@ static inline __attribute__((always_inline)) void NAME(attend_fixed)(const int R
                                                                      const int64_t *first, const int64_t *last) {
     const int64_t steps = (p->head_dim + PAIR - 1) / PAIR, padded = padded_dim(p->head_dim);
     const int64_t stride = num_tiles * TILE / PAIR, score_stride = num_tiles * TILE;
-    const int GROUP = ROWS == 1 ? 4 : 2;
+    const int GROUP = ROWS == 1 ? MAX_GROUP : 2;
     int64_t t = 0;
     for (; t + GROUP <= num_tiles; t += GROUP)
         NAME(score_tiles)(ROWS, GROUP, s->key_tiles + t, s->query, steps, p->scale, s->scores + t * TILE, score_stride);
@@ -160,6 +163,10 @@ static void NAME(attend_rows)(const attention_step *p, scratch *s, int64_t seq, 
     for (int64_t t = 0; t < num_tiles; t++) {
         s->key_tiles[t] = (const char *)NAME(key_tile)(p, seq, kv_head, tile0 + t);
         s->value_tiles[t] = (const char *)NAME(value_tile)(p, seq, kv_head, tile0 + t);
+    }
+    for (int64_t t = num_tiles; t < num_tiles + MAX_GROUP; t++) {
+        s->key_tiles[t] = s->value_tiles[0];
+        s->value_tiles[t] = s->value_tiles[num_tiles - 1];
     }
     switch (count) {
         case 1: NAME(attend_fixed)(1, p, s, num_tiles, tokens, first, last); break;

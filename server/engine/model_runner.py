@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from model.backends import select_backend
 from model.checkpoint import load_config, load_model
-from model.errors import TokenizerError
+from model.errors import ConfigError, TokenizerError
 from model.kv_cache import PagedKVCache, bytes_per_block
 from model.paged_attention import PagedBatch
 from model.sampling import Sampler, SamplingBatch, SamplingRow
@@ -40,13 +39,19 @@ class ModelRunner:
     """
 
     def __init__(self, config: EngineConfig) -> None:
+        if config.quantization != "none":
+            raise ConfigError(f"quantization {config.quantization!r} is not available yet; use none")
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         folder = Path(config.model_path)
         self.device = resolve_device(config.device)
+        if self.device.index is not None:
+            torch.cuda.set_device(self.device)  # kernels are launched on the current device
         self.dtype = resolve_dtype(config.dtype, self.device)
         self.model_config = load_config(folder)
-        self.backend = select_backend(config.attention_backend, self.model_config, self.device, self.dtype)
+        self.backend = select_backend(
+            config.attention_backend, self.model_config, self.device, self.dtype, config.block_size
+        )
         self.model = load_model(folder, dtype=self.dtype, device=self.device)
         self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
         if self.device.type == "cpu":
@@ -71,7 +76,7 @@ class ModelRunner:
         self._inputs = InputBuilder(self.limits.max_num_seqs, max_blocks, self.limits.block_size, self.device)
         self._sampling: SamplingBatch | None = None
         self._sampling_key: list[int] = []
-        self._graphs = CUDAGraphRunner.create(self)
+        self._graphs = CUDAGraphRunner.create(self) if config.cuda_graphs else None
 
     @property
     def device_name(self) -> str:
@@ -83,19 +88,23 @@ class ModelRunner:
     def run(self, batch: ScheduledBatch) -> RunOutput:
         """Compute the batch's tokens, writing their KV, and sample where a row reaches its sequence's end."""
         inputs = self._inputs.build(batch)
-        if self._graphs is not None and self._graphs.can_replay(batch):
-            hidden = self._graphs.replay(inputs)
-        else:
-            hidden = self.forward(inputs)
-        sampled = [seq for seq, wanted in zip(batch.sequences, batch.needs_sample, strict=True) if wanted]
-        if not sampled:
+        logits = self._logits(batch, inputs)
+        if logits is None:
             return RunOutput([], [])
-        logits = self.model.compute_logits(hidden.index_select(0, inputs.sample_rows))
+        sampled = [seq for seq, wanted in zip(batch.sequences, batch.needs_sample, strict=True) if wanted]
         sampling = self._sampling_batch(sampled)
-        positions = torch.from_numpy(np.array([seq.num_output_tokens for seq in sampled], dtype=np.int64))
-        output = self.sampler.sample(logits, sampling, positions.to(self.device))
+        output = self.sampler.sample(logits, sampling, inputs.sample_positions)
         sampling.record(output.token_ids)
         return RunOutput(output.token_ids.tolist(), _logprobs(sampled, output.token_ids, output.logprobs))
+
+    def _logits(self, batch: ScheduledBatch, inputs: StepInputs) -> torch.Tensor | None:
+        """Logits [samples, V] of the rows that are to be sampled, or None if there are none."""
+        if self._graphs is not None and self._graphs.can_replay(batch):
+            return self._graphs.replay(inputs)
+        hidden = self.forward(inputs)
+        if not any(batch.needs_sample):
+            return None
+        return self.model.compute_logits(hidden.index_select(0, inputs.sample_rows))
 
     def forward(self, inputs: StepInputs) -> torch.Tensor:
         """Hidden states [N, D] of a step."""

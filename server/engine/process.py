@@ -79,9 +79,9 @@ def _serve(channel: SocketChannel, engine: LLMEngine) -> None:
     """Take what has arrived, run a step, send its output; again."""
     last_sent = time.monotonic()
     while True:
-        busy = engine.has_unfinished
         refused: list[SequenceOutput] = []
-        for message in channel.receive(0.0 if busy else _HEARTBEAT):
+        messages = channel.receive(0.0 if engine.has_unfinished else _HEARTBEAT)
+        for message in messages:
             request = _decoder.decode(message)
             if isinstance(request, Shutdown):
                 return
@@ -90,7 +90,7 @@ def _serve(channel: SocketChannel, engine: LLMEngine) -> None:
             output = engine.step()
             if refused:
                 output = msgspec.structs.replace(output, outputs=refused + output.outputs)
-        elif refused or time.monotonic() - last_sent >= _HEARTBEAT:
+        elif messages or time.monotonic() - last_sent >= _HEARTBEAT:
             output = StepOutput(refused, engine.stats())
         else:
             continue

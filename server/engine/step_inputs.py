@@ -12,6 +12,7 @@ from torch import Tensor
 from model.paged_attention import AttentionMetadata
 from server.engine.scheduler import ScheduledBatch
 from server.engine.sequence import Sequence
+from server.engine.transfer import HostToDevice
 
 # Products with a single row may add in another order than those with more: see model/packed_linear.py.
 _MIN_ROWS = 2
@@ -19,11 +20,13 @@ _MIN_ROWS = 2
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """input_ids and positions are [N]; sample_rows [samples] are the rows whose next token is wanted."""
+    """input_ids and positions are [N]; sample_rows [samples] are the rows whose next token is wanted, and
+    sample_positions [samples] how many tokens their sequences have generated so far."""
 
     input_ids: Tensor
     positions: Tensor
     sample_rows: Tensor
+    sample_positions: Tensor
     metadata: AttentionMetadata
 
 
@@ -32,7 +35,7 @@ class InputBuilder:
 
     def __init__(self, max_num_seqs: int, max_blocks: int, block_size: int, device: torch.device) -> None:
         self.block_size = block_size
-        self.device = device
+        self._transfer = None if device.type == "cpu" else HostToDevice(device)
         self._tables = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
         self._known: list[tuple[int, int, int]] = []
 
@@ -51,22 +54,29 @@ class InputBuilder:
         ends = np.cumsum([0, *counts], dtype=np.int32)
         positions_array = np.array(positions + [0] * padding, dtype=np.int64)
         tables = self._block_tables(sequences)
+        sample_rows = ends[1:][np.array(batch.needs_sample, dtype=bool)] - 1
+        generated = [seq.num_output_tokens for seq, wanted in zip(sequences, batch.needs_sample, strict=True) if wanted]
+        arrays = (
+            np.array(tokens + [0] * padding, dtype=np.int64),
+            positions_array,
+            self._slots(positions_array, counts, tables, padding),
+            sample_rows.astype(np.int64),
+            np.array(generated, dtype=np.int64),
+            ends,
+            np.array(context_lens, dtype=np.int32),
+            tables,
+        )
+        input_ids, token_positions, slots, rows, sample_positions, cu_seqlens_q, lens, block_tables = self._send(arrays)
         metadata = AttentionMetadata(
-            cu_seqlens_q=self._tensor(ends),
-            context_lens=self._tensor(np.array(context_lens, dtype=np.int32)),
-            block_tables=self._tensor(tables),
-            slot_mapping=self._tensor(self._slots(positions_array, counts, tables, padding)),
+            cu_seqlens_q=cu_seqlens_q,
+            context_lens=lens,
+            block_tables=block_tables,
+            slot_mapping=slots,
             num_tokens=num_tokens,
             max_query_len=max(counts),
             max_context_len=max(context_lens),
         )
-        sample_rows = ends[1:][np.array(batch.needs_sample, dtype=bool)] - 1
-        return StepInputs(
-            input_ids=self._tensor(np.array(tokens + [0] * padding, dtype=np.int64)),
-            positions=self._tensor(positions_array),
-            sample_rows=self._tensor(sample_rows.astype(np.int64)),
-            metadata=metadata,
-        )
+        return StepInputs(input_ids, token_positions, rows, sample_positions, metadata)
 
     def _slots(self, positions: np.ndarray, counts: List[int], tables: np.ndarray, padding: int) -> np.ndarray:
         """The cache slot of each token, -1 for padding."""
@@ -91,6 +101,7 @@ class InputBuilder:
         widest = max(key[2] for key in keys)
         return self._tables[: len(sequences), :widest]
 
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)
+    def _send(self, arrays: List[np.ndarray]) -> List[Tensor]:
+        if self._transfer is None:
+            return [torch.from_numpy(array) for array in arrays]
+        return self._transfer.send(arrays)
