@@ -29,6 +29,7 @@ from training.shards import (
     TOKENIZER_DIR,
     DataManifest,
     SourceInfo,
+    SplitInfo,
     SplitWriter,
     dtype_name,
     read_manifest,
@@ -140,36 +141,43 @@ def _write(
     (folder / TOKENIZER_DIR).mkdir()
     tokenizer.save(folder / TOKENIZER_DIR)
     dtype = dtype_name(tokenizer.vocab_size)
-    writers = {split: SplitWriter(folder, split, dtype, shard_tokens) for split in ("train", "val")}
     total = sum(len(chunk) for source in sources for chunk in read_text(source))
     pieces = split_pieces(
         sources, int(total * (1.0 - request.val_fraction)), cut=request.tokenizer in _CUTTABLE, last=len(sources) - 1
     )
-    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    done = 0
-    for piece, tokens in _encode_all(pieces, tokenizer, folder / TOKENIZER_DIR, request.workers):
-        writers[piece.split].append(tokens, piece.text)
-        if piece.ends_document:
-            writers[piece.split].append(np.array(separator, dtype=np.int64))
-        done += len(piece.text)
-        on_progress(done, total)
-    splits = {split: writer.close() for split, writer in writers.items()}
+    encoded = _encode_all(pieces, tokenizer, folder / TOKENIZER_DIR, request.workers)
+    writers = {split: SplitWriter(folder, split, dtype, shard_tokens) for split in ("train", "val")}
+    splits = _write_splits(writers, encoded, tokenizer.eos_token_id, lambda done: on_progress(done, total))
     for split, info in splits.items():
         if info.tokens == 0:
             raise DataError(f"the {split} split would be empty: the text has only {total} characters")
-    write_manifest(
-        folder,
-        DataManifest(
-            version=FORMAT_VERSION,
-            dtype=dtype,
-            vocab_size=tokenizer.vocab_size,
-            tokenizer=tokenizer.kind,
-            tokenizer_digest=tokenizer.digest,
-            val_fraction=request.val_fraction,
-            sources=tuple(SourceInfo(source.origin, source.num_bytes, source.sha256) for source in sources),
-            splits=splits,
-        ),
+    manifest = DataManifest(
+        version=FORMAT_VERSION,
+        dtype=dtype,
+        vocab_size=tokenizer.vocab_size,
+        tokenizer=tokenizer.kind,
+        tokenizer_digest=tokenizer.digest,
+        val_fraction=request.val_fraction,
+        sources=tuple(SourceInfo(source.origin, source.num_bytes, source.sha256) for source in sources),
+        splits=splits,
     )
+    write_manifest(folder, manifest)
+
+
+def _write_splits(
+    writers: dict[str, SplitWriter],
+    encoded: Iterator[tuple[Piece, npt.NDArray[np.int64]]],
+    separator: int | None,
+    on_progress: Callable[[int], None],
+) -> dict[str, SplitInfo]:
+    done = 0
+    for piece, tokens in encoded:
+        writers[piece.split].append(tokens, piece.text)
+        if piece.ends_document and separator is not None:
+            writers[piece.split].append(np.array([separator]))
+        done += len(piece.text)
+        on_progress(done)
+    return {split: writer.close() for split, writer in writers.items()}
 
 
 def split_pieces(sources: Sequence[Source], train_characters: int, *, cut: bool, last: int) -> Iterator[Piece]:

@@ -15,7 +15,7 @@ from model.config import ModelConfig
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from training.build import DTYPES, make_model_config, resolve_device
-from training.checkpoint import CheckpointManager, has_state, load_tensors
+from training.checkpoint import CheckpointManager, FoundState, has_state, load_tensors
 from training.config import TrainConfig
 from training.data import TokenLoader, TokenSplit, open_split
 from training.errors import DataError, RecipeError
@@ -103,14 +103,7 @@ def make_trainer(config: TrainConfig, inputs: Inputs, console: Console) -> Train
     scaler = torch.amp.GradScaler(inputs.device.type, enabled=settings.dtype == "float16")
     progress, run_id = Progress(), f"{run_dir.name}-{secrets.token_hex(4)}"
     if found is not None:
-        state = found.state
-        load_tensors(found.folder, model, optimizer)
-        if state.scaler:
-            scaler.load_state_dict(dict(state.scaler))
-        progress, run_id = Progress(state.step, state.best_loss, state.best_step), state.run_id
-        for folder, problem in found.damaged:
-            console.print(f"removing a damaged state: {problem}", style="yellow", markup=False)
-            shutil.rmtree(folder)
+        progress, run_id = _restore(found, model, optimizer, scaler, console), found.state.run_id
     report = Reporter(
         console, settings.max_steps, first_step=progress.step, sample_prompt=config.run.sample_prompt,
         sample_tokens=config.run.sample_tokens, seed=settings.seed,
@@ -130,3 +123,21 @@ def _new_model(config: ModelConfig, seed: int, device: torch.device) -> Transfor
     model = Transformer(config)
     model.init_weights(seed)
     return model.to(device)
+
+
+def _restore(
+    found: FoundState,
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    console: Console,
+) -> Progress:
+    """Loads the tensors, then removes the newer states that could not be used."""
+    state = found.state
+    load_tensors(found.folder, model, optimizer)
+    if state.scaler:
+        scaler.load_state_dict(dict(state.scaler))
+    for folder, problem in found.damaged:
+        console.print(f"removing a damaged state: {problem}", style="yellow", markup=False)
+        shutil.rmtree(folder)
+    return Progress(state.step, state.best_loss, state.best_step)
