@@ -65,6 +65,8 @@ class Metrics:
         self.queue_time = Histogram(_SECONDS)
         self.prompt_tokens = Histogram(_TOKENS)
         self.generation_tokens = Histogram(_TOKENS)
+        self.iteration_tokens = Histogram(_TOKENS)
+        engine.on_step = self.iteration_tokens.add
         self._first_token_wait = 0.0
         self._first_token_at = -_WAIT_MEMORY_SECONDS
         self._registry = CollectorRegistry()
@@ -170,7 +172,7 @@ class _ServerCollector(Collector):
         yield http
 
     def _histograms(self) -> Iterator[Metric]:
-        m, stats = self._m, self._m.engine.stats
+        m = self._m
         for name, text, histogram in (
             ("time_to_first_token_seconds", "From arrival to the first token", m.time_to_first_token),
             ("inter_token_latency_seconds", "Between tokens", m.inter_token_latency),
@@ -178,14 +180,9 @@ class _ServerCollector(Collector):
             ("request_queue_time_seconds", "From arrival to the first step", m.queue_time),
             ("request_prompt_tokens", "Prompt tokens of a request", m.prompt_tokens),
             ("request_generation_tokens", "Generated tokens of a request", m.generation_tokens),
+            ("iteration_tokens_total", "Tokens computed in a step of the engine", m.iteration_tokens),
         ):
             yield histogram.family(f"vllm:{name}", text, m.model_name)
-        iteration = HistogramMetricFamily(
-            "vllm:iteration_tokens_total", "Tokens per engine step (sum and count only)", labels=["model_name"]
-        )
-        tokens = stats.prompt_tokens + stats.generation_tokens
-        iteration.add_metric([m.model_name], [("+Inf", stats.num_steps)], tokens)
-        yield iteration
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(name, text, labels=["model_name"])

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import cast
 
 import msgspec
@@ -106,6 +106,7 @@ class AsyncEngine(asyncio.Protocol):
     """
 
     def __init__(self, config: EngineConfig, max_queued_requests: int) -> None:
+        self.on_step: Callable[[int], None] | None = None
         self._config = config
         self._max_queued = max_queued_requests
         self._state: EngineState = "loading"
@@ -227,6 +228,8 @@ class AsyncEngine(asyncio.Protocol):
 
     def _take_step(self, step: StepOutput) -> None:
         self._stats = step.stats
+        if self.on_step is not None and step.step_tokens:
+            self.on_step(step.step_tokens)
         for output in step.outputs:
             stream = self._streams.get(output.request_id)
             if stream is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Literal, Protocol
 
 from model.sampling_params import SamplingParams
@@ -49,6 +49,9 @@ class RequestStream(Protocol):
 
 class EngineClient(Protocol):
     """The asyncio side of the engine."""
+
+    on_step: Callable[[int], None] | None
+    """Called after each of the engine's steps with the number of tokens that it computed."""
 
     @property
     def state(self) -> EngineState: ...

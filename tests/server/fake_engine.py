@@ -128,6 +128,7 @@ class FakeEngine:
         vocab_size: int = 257,
         load_error: str | None = None,
     ) -> None:
+        self.on_step: Callable[[int], None] | None = None
         self.script = script
         self.queue_limit = queue_limit
         self.load_error = load_error

@@ -62,6 +62,9 @@ async def test_metrics_count_what_happened(engine: FakeEngine) -> None:
             num_running=3, num_waiting=2, num_blocks=100, num_free_blocks=75, num_steps=9, prompt_tokens=40,
             generation_tokens=50, num_preemptions=4, prefix_cache_queries=30, prefix_cache_hits=20,
         )  # fmt: skip
+        assert engine.on_step is not None
+        for tokens in (1, 1, 512):
+            engine.on_step(tokens)
         text = (await client.get("/metrics")).text
     model = {"model_name": "tiny"}
     assert value(text, "vllm:num_requests_running", **model) == 3
@@ -72,7 +75,8 @@ async def test_metrics_count_what_happened(engine: FakeEngine) -> None:
     assert value(text, "vllm:num_preemptions_total", **model) == 4
     assert value(text, "vllm:prefix_cache_queries_total", **model) == 30
     assert value(text, "vllm:prefix_cache_hits_total", **model) == 20
-    assert value(text, "vllm:iteration_tokens_total_count", **model) == 9
+    assert value(text, "vllm:iteration_tokens_total_count", **model) == 3
+    assert value(text, "vllm:iteration_tokens_total_sum", **model) == 514
     assert value(text, "vllm:request_success_total", **model, finished_reason="length") == 1
     assert value(text, "vllm:request_success_total", **model, finished_reason="stop") == 2
     assert value(text, "vllm:request_success_total", **model, finished_reason="error") == 1
