@@ -70,7 +70,7 @@ class Tiling:
             tile=max(16, min(32 if exact else 64, _KEY_TILE_BYTES // row_bytes)),
             precision="ieee" if exact else "tf32",
             num_stages=3 if row_bytes <= 128 else 2,
-            prefill_warps=8 if head_pad >= 128 else 4,
+            prefill_warps=4 if exact and head_pad < 128 else 8,
         )
 
 

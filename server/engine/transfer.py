@@ -10,10 +10,11 @@ from torch import Tensor
 
 # Views begin at multiples of this many bytes, so that kernels may read them in wide words.
 _ALIGNMENT = 64
+_DTYPES = {np.dtype(np.int32): torch.int32, np.dtype(np.int64): torch.int64}
 
 
 class HostToDevice:
-    """Gathers arrays in one staging buffer, pinned for CUDA, and sends them without waiting for the device."""
+    """Gathers int32 and int64 arrays in one staging buffer, pinned for CUDA, and sends them without waiting."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -34,7 +35,7 @@ class HostToDevice:
         if self._copied is not None:
             self._copied.record()
         return [
-            on_device[start : start + array.nbytes].view(torch.from_numpy(array[:0]).dtype).view(array.shape)
+            on_device[start : start + array.nbytes].view(_DTYPES[array.dtype]).view(array.shape)
             for array, start in zip(arrays, starts, strict=True)
         ]
 
