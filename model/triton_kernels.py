@@ -194,14 +194,15 @@ def decode_kernel(
             True,
         )
 
-    mean = acc / tl.where(total > 0, total, 1.0)[:, None]
+    filled = tl.where(total > 0, total, 1.0)
+    mean = acc / filled[:, None]
     if DIRECT:
         target = (token.to(tl.int64) * (NUM_KV_HEADS * GROUP) + heads) * HEAD_DIM
         tl.store(out + target[:, None] + dims[None, :], mean.to(out.dtype.element_ty), mask=used)
     else:
         piece = (row.to(tl.int64) * (NUM_KV_HEADS * GROUP) + heads) * splits + split
         tl.store(partial + (piece * HEAD_DIM)[:, None] + dims[None, :], mean, mask=used)
-        lse = tl.where(total > 0, peak + tl.log2(total), float("-inf"))
+        lse = tl.where(total > 0, peak + tl.log2(filled), float("-inf"))
         tl.store(partial_lse + piece, lse, mask=lane < GROUP)
 
 

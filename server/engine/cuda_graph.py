@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ _LARGEST = 512
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
-    """The batch sizes to capture: at most half of a graph's rows, mostly a third, are filled up. Ascending."""
+    """The batch sizes to capture, ascending. Less than half of a graph's rows are filled up, above 16 a third."""
     largest = min(max_num_seqs, _LARGEST)
     sizes = {1, 2, 4, 8, largest}
     step = 16
@@ -92,10 +93,7 @@ class CUDAGraphRunner:
         self._buffers = DecodeBuffers(self._sizes[-1], max_blocks, limits.max_model_len, device)
         vocab_size = runner.model_config.vocab_size
         self._logits = torch.empty(self._sizes[-1], vocab_size, dtype=runner.dtype, device=device)
-        self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
-        # The largest comes first: the others then fit into the memory that it has taken.
-        self._graphs = {size: self._capture(size) for size in reversed(self._sizes)}
+        self._replays = self._capture_all()
 
     @classmethod
     def create(cls, runner: ModelRunner) -> CUDAGraphRunner | None:
@@ -109,7 +107,7 @@ class CUDAGraphRunner:
         except RuntimeError:  # out of memory among others
             logger.exception("CUDA graphs could not be captured; decoding goes on without them")
             return None
-        logger.info("captured %d CUDA graphs in %.1f s", len(graphs._graphs), time.perf_counter() - started)
+        logger.info("captured %d CUDA graphs in %.1f s", len(graphs._replays), time.perf_counter() - started)
         return graphs
 
     def can_replay(self, batch: ScheduledBatch) -> bool:
@@ -123,19 +121,24 @@ class CUDAGraphRunner:
         rows = inputs.metadata.context_lens.shape[0]
         size = next(size for size in self._sizes if size >= rows)
         self._buffers.load(inputs, size)
-        self._graphs[size].replay()
+        self._replays[size]()
         return self._logits[:rows]
 
-    def _capture(self, size: int) -> torch.cuda.CUDAGraph:
+    def _capture_all(self) -> dict[int, Callable[[], None]]:
+        """How to replay each size. The largest comes first: the others then fit into the memory that it has taken."""
+        stream, pool = torch.cuda.Stream(self._runner.device), torch.cuda.graph_pool_handle()
+        return {size: self._capture(size, stream, pool) for size in reversed(self._sizes)}
+
+    def _capture(self, size: int, stream: torch.cuda.Stream, pool: Any) -> Callable[[], None]:
         """The buffers' rows are empty at this time, so that running them leaves the cache as it is."""
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             self._forward(size)  # compiles kernels and allocates what must not happen during a capture
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self._forward(size)
-        torch.cuda.current_stream().wait_stream(self._stream)
-        return graph
+        torch.cuda.current_stream().wait_stream(stream)
+        return graph.replay
 
     def _forward(self, size: int) -> None:
         hidden = self._runner.forward(self._buffers.view(size))
