@@ -23,12 +23,7 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard model/native/*.[ch])
 	$(PY) -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
-serve: install ## serve the bundled checkpoint
-	@echo 'When the server is ready, paste this into another terminal:'
-	@echo
-	@echo "  curl -N http://$(HOST):$(PORT)/generate -H 'Content-Type: application/json' \\"
-	@echo "    -d '{\"prompt\": \"ROMEO:\", \"max_tokens\": 200, \"stream\": true}'"
-	@echo
+serve: install ## serve the bundled checkpoint; prints a curl line when it is ready
 	@exec $(PY) -m server --host $(HOST) --port $(PORT) $(ARGS)
 
 test: install ## the test suite
