@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -179,7 +180,8 @@ def test_relative_imports_are_resolved() -> None:
 
 def test_importing_does_nothing_but_define() -> None:
     """Every module imports with a hostile command line and without opening a socket or a CUDA context."""
-    modules = [name for name in SOURCES if not name.endswith("__main__")]
+    absent = set() if importlib.util.find_spec("triton") else {"model.triton_kernels"}
+    modules = [name for name in SOURCES if not name.endswith("__main__") and name not in absent]
     program = (
         "import importlib, sys\n"
         "sys.argv = ['x', '--no-such-option']\n"

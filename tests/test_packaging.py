@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
 import subprocess
+import sys
 import tomllib
 from itertools import chain
 from pathlib import Path
@@ -34,6 +36,35 @@ def requirements() -> list[Requirement]:
 @pytest.mark.parametrize("requirement", requirements(), ids=str)
 def test_a_dependency_is_pinned_inside_its_range(requirement: Requirement) -> None:
     assert requirement.specifier.contains(pins()[canonicalize_name(requirement.name)])
+
+
+# Imported under another name than the package's; triton comes with torch's CUDA build.
+PACKAGE_OF = {"yaml": "pyyaml", "triton": "torch"}
+
+
+@pytest.mark.parametrize(
+    ("folders", "extras"), [(("model", "server", "training"), False), (("tests",), True)], ids=["packages", "tests"]
+)
+def test_what_is_imported_is_declared(folders: tuple[str, ...], extras: bool) -> None:
+    lines = [
+        *PROJECT["project"]["dependencies"],
+        *(PROJECT["project"]["optional-dependencies"]["dev"] if extras else []),
+    ]
+    declared = {canonicalize_name(Requirement(line).name) for line in lines}
+    own = {"model", "server", "training", "tests", "benchmarks", *sys.stdlib_module_names}
+    imported = {name for folder in folders for path in (ROOT / folder).rglob("*.py") for name in roots(path)}
+    assert {PACKAGE_OF.get(name, canonicalize_name(name)) for name in imported - own} <= declared
+
+
+def roots(path: Path) -> set[str]:
+    """The first part of every name that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.partition(".")[0])
+    return found
 
 
 def test_pins_hold_on_any_host() -> None:
