@@ -20,7 +20,8 @@
 
 #define TILE 16     /* tokens in a tile, and lanes in a vector */
 #define MAX_ROWS 4  /* query rows that share the loads of one pass over the keys */
-#define MAX_GROUP 4 /* tiles whose scores are computed together */
+#define MAX_GROUP 4  /* tiles whose scores are computed together */
+#define MAX_CHUNKS 4 /* vectors of 16 dimensions whose sums are computed together */
 
 typedef float v16f __attribute__((vector_size(64), may_alias));
 typedef float v16f_u __attribute__((vector_size(64), aligned(4), may_alias));

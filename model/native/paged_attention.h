@@ -35,57 +35,77 @@ static inline void NAME(store_token)(ELEMENT *key_tile, ELEMENT *value_tile, con
     for (int64_t i = 0; i < head_dim; i++) row[i * PAIR] = value[i];
 }
 
+/* Accumulators are sixteen names rather than an array: as an array the compiler keeps a copy of it in memory, and the
+ * copy is written in every step. ROWS and the number of columns are constants, so unused names disappear. */
+#define COLUMNS(r, X) X(r, 0) X(r, 1) X(r, 2) X(r, 3)
+#define GRID(X) COLUMNS(0, X) COLUMNS(1, X) COLUMNS(2, X) COLUMNS(3, X)
+#define DECLARE(r, c) v16f acc##r##c = {0};
+
 /* Scores of ROWS query rows against TILES tiles: scores[row][tile * 16 + lane]. The pointers of the TILES tiles behind
  * them are read too, for prefetching: blocks lie anywhere in memory, where the hardware does not look ahead. */
 static inline __attribute__((always_inline)) void NAME(score_tiles)(const int ROWS, const int TILES,
                                                                     const char *const *tiles, const uint32_t *query,
                                                                     int64_t steps, float scale, float *scores,
                                                                     int64_t stride) {
-    v16f acc[ROWS * TILES];
-    for (int i = 0; i < ROWS * TILES; i++) acc[i] = (v16f){0};
-    for (int64_t step = 0; step < steps; step++)
-        for (int t = 0; t < TILES; t++) {
-            v16u keys = *(const v16u *)(tiles[t] + step * 64);
-            __builtin_prefetch(tiles[t + TILES] + step * 64);
-            for (int r = 0; r < ROWS; r++)
-                acc[r * TILES + t] = DOT(acc[r * TILES + t], keys, query[r * steps + step]);
-        }
-    for (int r = 0; r < ROWS; r++)
-        for (int t = 0; t < TILES; t++) *(v16f_u *)(scores + r * stride + t * TILE) = acc[r * TILES + t] * scale;
+    GRID(DECLARE)
+    for (int64_t step = 0; step < steps; step++) {
+#define LOAD(t)                                               \
+    v16u keys##t = {0};                                       \
+    if (t < TILES) {                                          \
+        keys##t = *(const v16u *)(tiles[t] + step * 64);      \
+        __builtin_prefetch(tiles[t + TILES] + step * 64);     \
+    }
+#define MULTIPLY(r, t) \
+    if (r < ROWS && t < TILES) acc##r##t = DOT(acc##r##t, keys##t, query[r * steps + step]);
+        LOAD(0) LOAD(1) LOAD(2) LOAD(3)
+        GRID(MULTIPLY)
+    }
+#define STORE(r, t) \
+    if (r < ROWS && t < TILES) *(v16f_u *)(scores + r * stride + t * TILE) = acc##r##t * scale;
+    GRID(STORE)
+#undef LOAD
+#undef MULTIPLY
+#undef STORE
 }
 
-/* out[row][16 * CHUNKS dims] += weights[row][token] * values, over `tokens` tokens of consecutive tiles. */
+/* sums[row][16 * CHUNKS dims] = weights[row][token] * values, over `tokens` tokens of consecutive tiles. */
 static inline __attribute__((always_inline)) void NAME(weigh_tiles)(const int ROWS, const int CHUNKS,
                                                                     const char *const *tiles, int64_t tokens,
                                                                     const uint32_t *weights, int64_t stride,
-                                                                    int64_t padded_dim, v16f *acc) {
+                                                                    int64_t padded_dim, float *sums) {
     const int64_t steps = TILE / PAIR;
+    GRID(DECLARE)
     for (int64_t tile = 0; tile * TILE < tokens; tile++) {
         int64_t left = tokens - tile * TILE;
         int64_t here = left >= TILE ? steps : (left + PAIR - 1) / PAIR;
         const char *values = tiles[tile], *ahead = tiles[tile + 1];
         const uint32_t *w = weights + tile * steps;
         for (int64_t step = 0; step < here; step++) {
+            /* The last pair may hold one token only; what lies in the other half was never written. */
             const int half = PAIR == 2 && step * PAIR + 1 >= left;
-            for (int c = 0; c < CHUNKS; c++) {
-                v16u v = *(const v16u *)(values + (step * padded_dim + c * TILE) * 4);
-                __builtin_prefetch(ahead + (step * padded_dim + c * TILE) * 4);
-                if (half) v = LOWER_HALF(v);
-                for (int r = 0; r < ROWS; r++)
-                    acc[r * CHUNKS + c] = DOT(acc[r * CHUNKS + c], v, w[r * stride + step]);
-            }
+#define LOAD(c)                                                                     \
+    v16u values##c = {0};                                                           \
+    if (c < CHUNKS) {                                                               \
+        values##c = *(const v16u *)(values + (step * padded_dim + c * TILE) * 4);   \
+        if (half) values##c = LOWER_HALF(values##c);                                \
+        __builtin_prefetch(ahead + (step * padded_dim + c * TILE) * 4);             \
+    }
+#define MULTIPLY(r, c) \
+    if (r < ROWS && c < CHUNKS) acc##r##c = DOT(acc##r##c, values##c, w[r * stride + step]);
+            LOAD(0) LOAD(1) LOAD(2) LOAD(3)
+            GRID(MULTIPLY)
         }
     }
+#define STORE(r, c) \
+    if (r < ROWS && c < CHUNKS) *(v16f *)(sums + r * padded_dim + c * TILE) = acc##r##c;
+    GRID(STORE)
+#undef LOAD
+#undef MULTIPLY
+#undef STORE
 }
-
-#define WEIGH(CHUNKS)                                                                                           \
-    {                                                                                                           \
-        v16f acc[ROWS * CHUNKS];                                                                                \
-        for (int i = 0; i < ROWS * CHUNKS; i++) acc[i] = (v16f){0};                                             \
-        NAME(weigh_tiles)(ROWS, CHUNKS, value_tiles, tokens, weights, stride, padded, acc);                     \
-        for (int r = 0; r < ROWS; r++)                                                                          \
-            for (int c = 0; c < CHUNKS; c++) *(v16f *)(sums + r * padded + dim + c * TILE) = acc[r * CHUNKS + c]; \
-    }
+#undef COLUMNS
+#undef GRID
+#undef DECLARE
 
 /* ROWS query rows of one kv head, with key limits last[row] (exclusive) and first[row]: see attend_rows. */
 static inline __attribute__((always_inline)) void NAME(attend_fixed)(const int ROWS, const attention_step *p,
@@ -121,14 +141,14 @@ static inline __attribute__((always_inline)) void NAME(attend_fixed)(const int R
     const char *const *value_tiles = s->value_tiles;
     const uint32_t *weights = (const uint32_t *)s->weights;
     float *sums = s->sums;
-    int64_t dim = 0;
-    for (; dim + 4 * TILE <= padded; dim += 4 * TILE) {
-        WEIGH(4)
-        for (int64_t i = 0; i < num_tiles; i++) s->value_tiles[i] += 4 * TILE * 4;
-    }
-    for (; dim < padded; dim += TILE) {
-        WEIGH(1)
-        for (int64_t i = 0; i < num_tiles; i++) s->value_tiles[i] += TILE * 4;
+    for (int64_t dim = 0; dim < padded;) {
+        const int chunks = dim + MAX_CHUNKS * TILE <= padded ? MAX_CHUNKS : 1;
+        if (chunks == MAX_CHUNKS)
+            NAME(weigh_tiles)(ROWS, MAX_CHUNKS, value_tiles, tokens, weights, stride, padded, sums + dim);
+        else
+            NAME(weigh_tiles)(ROWS, 1, value_tiles, tokens, weights, stride, padded, sums + dim);
+        dim += chunks * TILE;
+        for (int64_t i = 0; i < num_tiles; i++) s->value_tiles[i] += chunks * TILE * 4;
     }
     for (int r = 0; r < ROWS; r++)
         for (int64_t i = 0; i < padded; i += TILE) {
@@ -136,7 +156,6 @@ static inline __attribute__((always_inline)) void NAME(attend_fixed)(const int R
             NARROW((ELEMENT *)s->output + r * padded + i, scaled);
         }
 }
-#undef WEIGH
 
 /* Attend `count` (at most MAX_ROWS) rows of one sequence and kv head; row i is query (row0 + i) / group, head
  * (row0 + i) % group of the kv head's group. */
