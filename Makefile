@@ -47,8 +47,8 @@ format: install ## let ruff mend what it can
 bench: install ## Quill beside its peers, on this machine
 	$(PY) -m benchmarks $(ARGS)
 
-bench-gpu: install ## the same on a CUDA device
-	$(PY) -m benchmarks --device cuda $(ARGS)
+bench-gpu: install ## attention backends and the engine on a CUDA device
+	$(PY) -m benchmarks.gpu $(ARGS)
 
 image: ## build the container image
 	docker build -t quill $(ARGS) .

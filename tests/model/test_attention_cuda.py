@@ -136,9 +136,23 @@ def backends_for(dtype: torch.dtype, head_dim: int, group: int) -> dict[str, tup
     return backends
 
 
-@pytest.mark.parametrize("window", [None, 1, 100])
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-@pytest.mark.parametrize(("head_dim", "group"), [(64, 1), (80, 2), (128, 4), (64, 3), (256, 1), (16, 8)])
+@pytest.mark.parametrize(
+    ("head_dim", "group", "dtype", "window"),
+    [
+        (64, 1, torch.bfloat16, None),
+        (64, 1, torch.float32, None),
+        (64, 3, torch.float16, 100),
+        (80, 2, torch.bfloat16, None),
+        (80, 2, torch.float32, 1),
+        (128, 4, torch.bfloat16, None),
+        (128, 4, torch.float16, 100),
+        (128, 4, torch.float32, None),
+        (256, 1, torch.bfloat16, 100),
+        (256, 2, torch.float32, None),
+        (16, 8, torch.bfloat16, None),
+        (16, 8, torch.float32, 100),
+    ],
+)
 class TestOnDevice:
     pytestmark = on_gpu
 
