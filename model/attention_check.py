@@ -8,7 +8,7 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.paged_attention import AttentionBackend, AttentionMetadata, TorchBackend
 
-# How far results of about unit size may lie from the reference in float32, by what they are rounded to.
+# How far results of about unit size may lie from the reference in float64, by what they are rounded to.
 TOLERANCES = {torch.float32: 2e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 
 # (query tokens, context) of each sequence: a step of chunks and decodes, one of short decodes and one of long ones.
@@ -98,20 +98,22 @@ class PagedStep:
         return backend.attend(self.q, self.k, self.v, self.key_cache, self.value_cache, self.metadata, window)
 
     def compare(self, backend: AttentionBackend, window: int | None) -> None:
-        """Raise BackendMismatchError unless `backend` stores and returns what the reference does in float32."""
-        exact = self._in_float32()
+        """Raise BackendMismatchError unless `backend` stores and returns what the reference does in float64.
+
+        Products in float64 are exact enough whatever precision the process has chosen for those in float32.
+        """
+        exact = self._in_float64()
         expected = exact.attend(TorchBackend(), window)
         out = self.attend(backend, window)
         for ours, reference in ((self.key_cache, exact.key_cache), (self.value_cache, exact.value_cache)):
-            if not torch.allclose(ours.float(), reference, rtol=0.0, atol=0.0, equal_nan=True):
+            if not torch.allclose(ours.double(), reference, rtol=0.0, atol=0.0, equal_nan=True):
                 raise BackendMismatchError("keys or values were stored wrongly")
-        error = float((out.float() - expected).abs().max())
+        error = float((out.double() - expected).abs().max())
         if not error <= TOLERANCES[self.q.dtype]:
             raise BackendMismatchError(f"attention differs from the reference by {error:.1e}")
 
-    def _in_float32(self) -> PagedStep:
+    def _in_float64(self) -> PagedStep:
         """The same step with caches of its own."""
-        q, k, v = self.q.float(), self.k.float(), self.v.float()
-        key_cache = self.key_cache.to(torch.float32, copy=True)
-        value_cache = self.value_cache.to(torch.float32, copy=True)
+        tensors = (x.to(torch.float64, copy=True) for x in (self.q, self.k, self.v, self.key_cache, self.value_cache))
+        q, k, v, key_cache, value_cache = tensors
         return PagedStep(q, k, v, key_cache, value_cache, self.metadata)

@@ -45,7 +45,7 @@ class ModelRunner:
             torch.set_num_threads(config.num_threads)
         folder = Path(config.model_path)
         self.device = resolve_device(config.device)
-        if self.device.index is not None:
+        if self.device.type == "cuda" and self.device.index is not None:
             torch.cuda.set_device(self.device)  # kernels are launched on the current device
         self.dtype = resolve_dtype(config.dtype, self.device)
         self.model_config = load_config(folder)
