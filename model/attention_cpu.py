@@ -16,6 +16,7 @@ from model.paged_attention import AttentionMetadata
 
 # Tokens in a tile of the cache: one AVX-512 register of float32 lanes.
 _TILE = 16
+_NO_MEMORY = -1
 
 
 class _AttentionStep(ctypes.Structure):
@@ -56,6 +57,8 @@ class NativeBackend:
         library = load_kernels()
         if library is None:
             raise RuntimeError("the native kernels were not built")
+        if ctypes.sizeof(_AttentionStep) != library.quill_step_size():
+            raise RuntimeError("the compiled CPU kernels are of another version; run make install")
         self._run = library.quill_paged_attention
 
     @staticmethod
@@ -85,6 +88,7 @@ class NativeBackend:
         window: int | None,
     ) -> Tensor:
         _, num_heads, head_dim = q.shape
+        assert q.dtype == k.dtype == v.dtype == key_cache.dtype == value_cache.dtype, "one dtype throughout"
         q, k, v = _dense_heads(q), _dense_heads(k), _dense_heads(v)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         out[metadata.num_tokens :] = 0
@@ -112,8 +116,10 @@ class NativeBackend:
             q.dtype == torch.bfloat16,
             torch.get_num_threads(),
         )
-        if self._run(ctypes.byref(step)) != 0:
+        status = self._run(ctypes.byref(step))
+        if status == _NO_MEMORY:
             raise MemoryError("no memory for the attention kernel's workspace")
+        assert status == 0, "caches must lie on 64 bytes, and a context hold its queries"
         return out
 
 

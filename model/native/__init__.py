@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import importlib.machinery
+import os
 from functools import cache
 from pathlib import Path
+
+INSTRUCTION_SETS = ("portable", "avx2", "avx512")
+"""Weakest first, by their numbers in kernels.c."""
 
 
 @cache
 def load_kernels() -> ctypes.CDLL | None:
-    """The library built from kernels.c, initialised with torch's own thread pool, or None if it was not built."""
+    """The library built from kernels.c, initialised with torch's own thread pool, or None if it was not built.
+
+    Raises RuntimeError if it was built from another version of the source.
+    """
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = Path(__file__).with_name(f"_kernels{suffix}")
         if path.exists():
@@ -18,18 +25,32 @@ def load_kernels() -> ctypes.CDLL | None:
     return None
 
 
-def variant_name() -> str | None:
-    """The instruction set that the bfloat16 kernels use on this machine."""
+def variant_names() -> tuple[str, str] | None:
+    """What the float32 and the bfloat16 kernels use on this machine."""
     library = load_kernels()
-    return None if library is None else library.quill_init(_gomp_parallel()).decode()
+    return None if library is None else (library.quill_variant(0).decode(), library.quill_variant(1).decode())
+
+
+def limit_instruction_set(most: str) -> None:
+    """Use nothing above `most` of INSTRUCTION_SETS, to compare the variants. No kernel may be running."""
+    library = load_kernels()
+    if library is not None:
+        library.quill_init(_gomp_parallel(), INSTRUCTION_SETS.index(most))
 
 
 def _initialise(library: ctypes.CDLL) -> ctypes.CDLL:
-    library.quill_init.argtypes = [ctypes.c_void_p]
-    library.quill_init.restype = ctypes.c_char_p
-    library.quill_paged_attention.argtypes = [ctypes.c_void_p]
-    library.quill_paged_attention.restype = ctypes.c_int
-    library.quill_init(_gomp_parallel())
+    try:
+        library.quill_init.argtypes = [ctypes.c_void_p, ctypes.c_int]
+        library.quill_init.restype = None
+        library.quill_variant.argtypes = [ctypes.c_int]
+        library.quill_variant.restype = ctypes.c_char_p
+        library.quill_step_size.argtypes = []
+        library.quill_step_size.restype = ctypes.c_int64
+        library.quill_paged_attention.argtypes = [ctypes.c_void_p]
+        library.quill_paged_attention.restype = ctypes.c_int
+    except AttributeError:
+        raise RuntimeError("the compiled CPU kernels are of another version; run make install") from None
+    library.quill_init(_gomp_parallel(), len(INSTRUCTION_SETS) - 1)
     return library
 
 
@@ -37,14 +58,17 @@ def _initialise(library: ctypes.CDLL) -> ctypes.CDLL:
 def _gomp_parallel() -> int | None:
     """The address of GOMP_parallel in the OpenMP runtime that torch has loaded.
 
-    A second runtime would keep a second pool of spinning threads; where torch ships none, the kernels run in one
-    thread.
+    A second runtime would keep a second pool of spinning threads, so none is loaded here: where torch brought
+    another kind or none, the kernels run in one thread.
     """
     import torch
 
-    for path in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")) + sorted(
-        Path(torch.__file__).parent.parent.glob("torch.libs/libgomp*.so*")
-    ):
-        runtime = ctypes.CDLL(str(path))
+    folder = Path(torch.__file__).parent
+    shipped = [*folder.glob("lib/libgomp*.so*"), *folder.parent.glob("torch.libs/libgomp*.so*")]
+    for name in [*map(str, sorted(shipped)), "libgomp.so.1"]:
+        try:
+            runtime = ctypes.CDLL(name, mode=os.RTLD_NOW | os.RTLD_NOLOAD)
+        except (OSError, AttributeError):  # not loaded; or a system without RTLD_NOLOAD
+            continue
         return ctypes.cast(runtime.GOMP_parallel, ctypes.c_void_p).value
     return None

@@ -6,6 +6,7 @@
  */
 
 #include <math.h>
+#include <pthread.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -122,13 +123,13 @@ static inline __attribute__((always_inline)) v16f dot_f32(v16f acc, v16u values,
 #undef NAME
 #ifdef HAVE_X86_VARIANTS
 #pragma GCC push_options
-#pragma GCC target("arch=x86-64-v3")
+#pragma GCC target("avx2,fma")
 #define NAME(x) x##_f32_avx2
 #include "paged_attention.h"
 #undef NAME
 #pragma GCC pop_options
 #pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 #define NAME(x) x##_f32_avx512
 #include "paged_attention.h"
 #undef NAME
@@ -148,7 +149,7 @@ static inline __attribute__((always_inline)) v16f dot_f32(v16f acc, v16u values,
 #undef NAME
 #ifdef HAVE_X86_VARIANTS
 #pragma GCC push_options
-#pragma GCC target("arch=x86-64-v3")
+#pragma GCC target("avx2,fma")
 #define NAME(x) x##_bf16_avx2
 #include "paged_attention.h"
 #undef NAME
@@ -156,7 +157,7 @@ static inline __attribute__((always_inline)) v16f dot_f32(v16f acc, v16u values,
 #undef DOT
 #undef NARROW
 #pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4,avx512bf16,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prefer-vector-width=512")
 #define DOT(acc, v, s) \
     ((v16f)_mm512_dpbf16_ps((__m512)(acc), (__m512bh)(v), (__m512bh)_mm512_set1_epi32((int32_t)(s))))
 #define NARROW(dst, v) _mm256_storeu_si256((__m256i *)(dst), (__m256i)_mm512_cvtneps_pbh((__m512)(v)))
@@ -176,36 +177,52 @@ typedef struct {
     void (*attend_rows)(const attention_step *, scratch *, int64_t, int64_t, int64_t, int64_t);
 } variant;
 
+enum { PORTABLE, AVX2, AVX512 };
+
 static variant variants[2]; /* float32, bfloat16 */
 static void (*run_parallel)(void (*)(void *), void *, unsigned, unsigned);
+static pthread_key_t arena_key;
+static pthread_once_t arena_key_once = PTHREAD_ONCE_INIT;
 
-static void choose_variants(void) {
-    variants[0] = (variant){"portable", store_head_f32_base, attend_rows_f32_base};
-    variants[1] = (variant){"portable", store_head_bf16_base, attend_rows_bf16_base};
+static void make_arena_key(void) { pthread_key_create(&arena_key, free); }
+
+static void choose_variants(int most) {
+    variant f32 = {"portable", store_head_f32_base, attend_rows_f32_base};
+    variant bf16 = {"portable", store_head_bf16_base, attend_rows_bf16_base};
 #ifdef HAVE_X86_VARIANTS
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-        variants[0] = (variant){"avx2", store_head_f32_avx2, attend_rows_f32_avx2};
-        variants[1] = (variant){"avx2", store_head_bf16_avx2, attend_rows_bf16_avx2};
+    if (most >= AVX2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+        f32 = (variant){"avx2", store_head_f32_avx2, attend_rows_f32_avx2};
+        bf16 = (variant){"avx2", store_head_bf16_avx2, attend_rows_bf16_avx2};
     }
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd")) {
-        variants[0] = (variant){"avx512", store_head_f32_avx512, attend_rows_f32_avx512};
+    if (most >= AVX512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+        f32 = (variant){"avx512", store_head_f32_avx512, attend_rows_f32_avx512};
         if (__builtin_cpu_supports("avx512bf16"))
-            variants[1] = (variant){"avx512_bf16", store_head_bf16_avx512, attend_rows_bf16_avx512};
+            bf16 = (variant){"avx512_bf16", store_head_bf16_avx512, attend_rows_bf16_avx512};
     }
+#else
+    (void)most;
 #endif
+    variants[0] = f32;
+    variants[1] = bf16;
 }
 
-/* Choose the instruction sets and take over a thread pool: `gomp_parallel` may be null (then all runs in the caller).
- * Returns the name of the bfloat16 variant. */
-const char *quill_init(void *gomp_parallel) {
-    choose_variants();
+/* Choose the instruction sets, none above `most`, and take over a thread pool: `gomp_parallel` may be null (then all
+ * runs in the caller). To be called before any other function, and not while one runs. */
+void quill_init(void *gomp_parallel, int most) {
+    pthread_once(&arena_key_once, make_arena_key);
+    choose_variants(most);
     run_parallel = (void (*)(void (*)(void *), void *, unsigned, unsigned))gomp_parallel;
-    return variants[1].name;
 }
 
-/* Per-thread working memory, kept between calls and grown when a longer context comes. */
+/* The name of the variant in use. */
+const char *quill_variant(int is_bfloat16) { return variants[is_bfloat16 ? 1 : 0].name; }
+
+/* What the caller's mirror of attention_step must measure. */
+int64_t quill_step_size(void) { return sizeof(attention_step); }
+
+/* Per-thread working memory, kept between calls, grown when a longer context comes and freed with its thread. */
 static _Thread_local char *arena;
 static _Thread_local size_t arena_size;
 
@@ -222,6 +239,7 @@ static int make_scratch(const attention_step *p, int64_t max_tiles, scratch *s) 
         free(arena);
         arena = aligned_alloc(64, (need + 63) / 64 * 64);
         arena_size = arena ? need : 0;
+        pthread_setspecific(arena_key, arena);
         if (!arena) return 0;
     }
     char *at = arena;
@@ -286,10 +304,14 @@ static int run(job *j) {
     return atomic_load(&j->failed) ? -1 : 0;
 }
 
-/* Store the step's keys and values, then attend. Returns 0, or -1 when memory ran out. */
+/* Store the step's keys and values, then attend. Returns 0; -1 when memory ran out; -2, having done nothing, when a
+ * cache does not lie on 64 bytes or a sequence has more queries than tokens. */
 int quill_paged_attention(const attention_step *p) {
+    if (((uintptr_t)p->key_cache | (uintptr_t)p->value_cache) % 64) return -2;
     job j = {.step = p, .kernel = &variants[p->is_bfloat16 ? 1 : 0]};
     for (int64_t seq = 0; seq < p->num_seqs; seq++) {
+        const int64_t queries = p->cu_seqlens_q[seq + 1] - p->cu_seqlens_q[seq];
+        if (queries < 0 || queries > p->context_lens[seq]) return -2;
         const int64_t tiles = (p->context_lens[seq] + TILE - 1) / TILE;
         const int64_t groups = (num_rows(p, seq) + MAX_ROWS - 1) / MAX_ROWS;
         j.max_tiles = tiles > j.max_tiles ? tiles : j.max_tiles;
