@@ -46,7 +46,8 @@ async def collect(engine: AsyncEngine, prompt: list[int], params: SamplingParams
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
+    # Polling: what is awaited are numbers that another process reports, and no event tells of them.
+    while not condition():  # noqa: ASYNC110
         await asyncio.sleep(0.01)
 
 
