@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.errors import ConfigError
 from model.native import load_kernels
 from model.paged_attention import AttentionMetadata
 
@@ -69,10 +70,13 @@ class NativeBackend:
     def block_shape(
         self, config: ModelConfig, block_size: int, dtype: torch.dtype
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Tiles of 16 tokens for each kv head; the kernel's header describes what lies inside a tile."""
+        """Tiles of 16 tokens for each kv head; the kernel's header describes what lies inside a tile.
+
+        Raises ConfigError for a block that is not made of whole tiles.
+        """
         tiles, rest = divmod(block_size, _TILE)
         if rest or tiles == 0:
-            raise ValueError(f"block_size must be a multiple of {_TILE} for the native kernel")
+            raise ConfigError(f"block_size must be a multiple of {_TILE} on the CPU, or attention_backend be torch")
         padded_dim = -(-config.head_dim // _TILE) * _TILE
         heads = config.num_kv_heads
         return (heads, tiles, config.head_dim * _TILE), (heads, tiles, _TILE * padded_dim)
