@@ -13,6 +13,7 @@ from server.engine.config import EngineConfig
 
 BUNDLED_MODEL = "shakespeare"
 MIB = 1 << 20
+MAX_SIZE = 1 << 50  # a slip of the unit is told at once, not as an allocation that fails
 
 _SIZE = TypeAdapter(ByteSize)
 
@@ -31,8 +32,8 @@ def _bytes(value: object) -> int:
         size = int(_SIZE.validate_python(value))
     except ValidationError:
         size = 0
-    if size < 1:
-        raise ValueError("must be a size above zero such as 512MiB or 2GiB")
+    if not 1 <= size <= MAX_SIZE:
+        raise ValueError("must be a size above zero and up to 1PiB, such as 512MiB or 2GiB")
     return size
 
 
@@ -65,9 +66,9 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="the weights' precision")
     quantization: Literal["none", "int8"] = Field("none", description="weight quantisation")
     attention_backend: str = Field("auto", description="attention kernels")
-    num_threads: int | None = Field(None, ge=1, description="torch's threads; default: torch's own choice")
-    max_num_seqs: int | None = Field(None, ge=1, description="sequences that run at once")
-    max_num_batched_tokens: int | None = Field(None, ge=1, description="tokens in one step")
+    num_threads: int | None = Field(None, ge=1, le=1024, description="torch's threads; default: torch's own choice")
+    max_num_seqs: int | None = Field(None, ge=1, le=16_384, description="sequences that run at once")
+    max_num_batched_tokens: int | None = Field(None, ge=1, le=1 << 22, description="tokens in one step")
     kv_cache_memory: Size | None = Field(None, description="memory for the KV cache, such as 2GiB")
     block_size: int = Field(16, ge=1, le=1024, description="tokens in a KV block")
     prefix_caching: bool = Field(True, description="reuse the KV blocks of equal prefixes")

@@ -162,7 +162,7 @@ def test_hostile_requests_change_nothing_for_their_neighbours(server: RealServer
 def test_every_request_is_accounted_for(server: RealServer) -> None:
     """A ledger of the clients against the server's counters."""
     rng = random.Random(3)
-    bodies = [
+    bodies: list[dict[str, Any]] = [
         {
             "prompt": "x" * rng.randrange(40) + str(number),
             "max_tokens": rng.randrange(1, 8),

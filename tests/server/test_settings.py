@@ -59,6 +59,22 @@ def test_environment_and_precedence(folder: Path, monkeypatch: pytest.MonkeyPatc
         load_settings([])
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--kv-cache-memory 99999999999999TiB",
+        "--kv-cache-memory 1025TiB",
+        "--max-num-seqs 1000000000",
+        "--max-num-batched-tokens 1000000000",
+        "--num-threads 1000000",
+        "--block-size 100000",
+    ],
+)
+def test_what_no_machine_could_hold_is_refused_by_name(folder: Path, option: str) -> None:
+    with pytest.raises(UsageError, match=f"^{option.split()[0]} "):
+        load_settings(["--model", str(folder), *option.split()])
+
+
 def test_without_a_model_the_bundled_one_is_served(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     assert bundled_model_path().parts[-3:] == ("model", "data", "shakespeare")
     monkeypatch.setattr("server.settings.bundled_model_path", lambda: folder.rename(folder.parent / "shakespeare"))
