@@ -24,7 +24,7 @@ from training.optim import build_optimizer
 from training.recipe import config_to_toml
 from training.report import Reporter
 from training.run_folder import Resume, check_same_run, locked, require_usable
-from training.shards import TOKENIZER_DIR, manifest_digest, read_manifest
+from training.shards import TOKENIZER_DIR, data_digest, read_manifest
 from training.stop import StopSignals
 from training.trainer import Progress, Trainer
 
@@ -84,7 +84,7 @@ def open_inputs(config: TrainConfig) -> Inputs:
         model_config=make_model_config(config, tokenizer),
         loader=TokenLoader(train_split, settings.seq_len, settings.batch_size, settings.seed),
         validation=open_split(folder, "val", verify=config.data.verify),
-        data_digest=manifest_digest(folder),
+        data_digest=data_digest(manifest),
     )
 
 

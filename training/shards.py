@@ -92,9 +92,11 @@ def write_manifest(folder: Path, manifest: DataManifest) -> None:
         os.fsync(file.fileno())
 
 
-def manifest_digest(folder: Path) -> str:
-    """Identity of the prepared data: the manifest names every shard's digest, so its own covers them all."""
-    return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+def data_digest(manifest: DataManifest) -> str:
+    """Identity of the tokens: the same text, tokenizer and split give the same, wherever the text came from."""
+    shards = {name: [(shard.tokens, shard.sha256) for shard in info.shards] for name, info in manifest.splits.items()}
+    facts = (manifest.dtype, manifest.vocab_size, manifest.tokenizer_digest, sorted(shards.items()))
+    return hashlib.sha256(msgspec.json.encode(facts)).hexdigest()
 
 
 class SplitWriter:

@@ -18,7 +18,7 @@ from model.tokenizer import Tokenizer
 from tests.training.conftest import make_text
 from training.errors import DataError, RecipeError
 from training.prepare import PrepareRequest, prepare
-from training.shards import read_manifest
+from training.shards import data_digest, read_manifest
 from training.sources import Source, read_pieces
 
 
@@ -55,6 +55,10 @@ def test_manifest_states_the_digest_of_every_shard(text_file: Path, tmp_path: Pa
             assert hashlib.sha256((out / shard.file).read_bytes()).hexdigest() == shard.sha256
     assert tokens_of(out, "train") == tokens_of(tmp_path / "whole", "train")
     assert whole.sources[0].sha256 == hashlib.sha256(text_file.read_bytes()).hexdigest()
+    assert data_digest(manifest) != data_digest(whole)
+    (tmp_path / "moved.txt").write_bytes(text_file.read_bytes())
+    moved, _ = prepare(PrepareRequest((str(tmp_path / "moved.txt"),), tmp_path / "moved", "bytes"))
+    assert data_digest(moved) == data_digest(whole)
     listed = {shard.file for split in manifest.splits.values() for shard in split.shards}
     assert {path.name for path in out.iterdir()} == {"manifest.json", "tokenizer", *listed}
 
