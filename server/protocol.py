@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import msgspec
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from server.sse import ABORT_CONNECTION
 
@@ -54,6 +54,8 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._deadline: asyncio.TimerHandle | None = None
+        # The cycle whose turn it is; `cycle` is the newest, which may still wait behind it.
+        self._current: RequestResponseCycle | None = None
         self._in_body = False
         self._num_received = 0
         self._num_head_bytes = 0
@@ -65,6 +67,8 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm_deadline()
+        if self._answering:
+            self._disconnect()  # uvicorn tells only the newest cycle
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -96,6 +100,8 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_body = True
         super().on_headers_complete()
+        if not self.pipeline:
+            self._current = self.cycle
 
     def on_message_complete(self) -> None:
         self._in_body = False
@@ -109,6 +115,8 @@ class GuardedProtocol(HttpToolsProtocol):
             )
 
     def on_response_complete(self) -> None:
+        if self.pipeline:
+            self._current = self.pipeline[-1][0]
         super().on_response_complete()
         if self.transport.is_closing() and self.transport.get_write_buffer_size():
             self.loop.call_later(self.limits.linger_timeout, self.transport.abort)
@@ -130,7 +138,13 @@ class GuardedProtocol(HttpToolsProtocol):
 
     @property
     def _answering(self) -> bool:
-        return self.cycle is not None and not self.cycle.response_complete
+        return self._current is not None and not self._current.response_complete
+
+    def _disconnect(self) -> None:
+        """Let the app see that its client has left."""
+        assert self._current is not None, "only an answer under way can lose its client"
+        self._current.disconnected = True
+        self._current.message_event.set()
 
     def _arm_deadline(self) -> None:
         self._deadline = self.loop.call_later(self.limits.request_timeout, self._deadline_passed)
@@ -155,13 +169,12 @@ class GuardedProtocol(HttpToolsProtocol):
         """Say why and close, or just cut an answer that is under way; the app sees a client that has left."""
         if self.transport.is_closing():
             return
-        if self._answering and self.cycle.response_started:
+        if self._answering and self._current is not None and self._current.response_started:
             self.transport.abort()
             return
         self.transport.write(answer)
         if self._answering:
-            self.cycle.disconnected = True
-            self.cycle.message_event.set()
+            self._disconnect()
         self.transport.close()
 
 

@@ -153,6 +153,33 @@ def test_pipelined_requests_wait_for_a_long_answer(server: LiveServer) -> None:
         assert read_all(sock).count(b"HTTP/1.1 200 ") == 2
 
 
+def test_a_client_that_leaves_with_requests_in_its_pipeline(
+    server: LiveServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.engine.script = says("a" * 100, delay=0.02)
+    before = len(server.engine.submitted)
+    with server.connect() as sock:
+        body = {"prompt": "p", "n": 3, "stream": True, "max_tokens": 100}
+        sock.sendall(post(body) * 3)
+        wait_until(lambda: len(server.engine.submitted) == before + 3)
+        # Data that the client has not read makes its close a reset.
+        time.sleep(0.1)
+    assert wait_until(lambda: not server.engine.live) < 1.0
+    assert len(server.engine.submitted) == before + 3
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_what_follows_a_stream_cannot_garble_it(server: LiveServer) -> None:
+    server.engine.script = says("a" * 20, delay=0.02)
+    with server.connect() as sock:
+        sock.sendall(post({"prompt": "p", "stream": True, "max_tokens": 20}) * 2)
+        start = sock.recv(65_536)
+        sock.sendall(b"nonsense\r\n\r\n")
+        answer = start + read_all(sock)
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert b"HTTP/1.1 400 " not in answer.partition(b"[DONE]")[0]
+
+
 def test_headers_cannot_grow_behind_a_stream(server: LiveServer) -> None:
     server.engine.script = says("a" * 100, delay=0.05)
     with server.connect() as sock:
