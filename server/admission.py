@@ -81,6 +81,7 @@ async def _prompt(body: GenerateRequest, services: Services, arrival: float) -> 
     width = output_width(info)
     token_ids = await _token_ids(body.prompt, tokenizer)
     _check_ids(body, token_ids, width)
+    _check_n(body.n, info.max_num_seqs + services.settings.max_queued_requests)
     max_tokens = _max_tokens(body.max_tokens, len(token_ids), info.max_model_len)
     return Prompt(
         token_ids=token_ids,
@@ -129,6 +130,12 @@ def _check_ids(body: GenerateRequest, prompt_ids: list[int], width: int) -> None
             raise InvalidRequestError(f"{name} holds a token id that is not below {width}", param=name)
     if body.top_k > width:
         raise InvalidRequestError(f"top_k must be an integer from 0 (off) to {width}", param="top_k")
+
+
+def _check_n(n: int, capacity: int) -> None:
+    """Refused for good, where a full queue would be refused for now."""
+    if n > capacity:
+        raise InvalidRequestError(f"n must not be above {capacity}, all that this server takes at once", param="n")
 
 
 def _max_tokens(asked: int | None, prompt_length: int, context: int) -> int:

@@ -152,9 +152,20 @@ def _sentence(error: ValidationError) -> str:
 
 
 def _check_model_folder(folder: Path) -> None:
+    try:
+        problem = _folder_problem(folder)
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror}); give a folder that this user may enter"
+    if problem is not None:
+        raise UsageError(f"--model: {folder} {problem}")
+
+
+def _folder_problem(folder: Path) -> str | None:
+    """What makes it no checkpoint folder at first sight. Raises OSError where it cannot be looked at."""
     if not folder.exists():
-        raise UsageError(f"--model: {folder} does not exist; give the folder of a checkpoint")
+        return "does not exist; give the folder of a checkpoint"
     if not folder.is_dir():
-        raise UsageError(f"--model: {folder} is not a folder; give the folder that holds config.json")
+        return "is not a folder; give the folder that holds config.json"
     if not (folder / "config.json").is_file():
-        raise UsageError(f"--model: {folder} holds no config.json; give a Hugging Face checkpoint folder")
+        return "holds no config.json; give a Hugging Face checkpoint folder"
+    return None

@@ -118,17 +118,19 @@ async def ask(client: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
     return read_answer(response, body.get("n", 1))
 
 
-async def ask_and_leave(client: httpx.AsyncClient, body: dict[str, Any], num_events: int) -> list[str]:
-    """Read some events of a stream and hang up; the text of choice 0 so far."""
-    deltas: list[str] = []
+async def ask_and_leave(client: httpx.AsyncClient, body: dict[str, Any], num_events: int) -> Choice:
+    """Read that many events of choice 0 in a stream and hang up; what came until then."""
+    choice = Choice()
     async with client.stream("POST", "/generate", json=body) as response:
         assert response.status_code == 200, await response.aread()
         async for line in response.aiter_lines():
             if line.startswith("data: {"):
-                deltas += [part["text"] for part in json.loads(line[6:])["choices"] if part["index"] == 0]
-            if len(deltas) >= num_events:
+                for part in json.loads(line[6:])["choices"]:
+                    if part["index"] == 0 and len(choice.deltas) < num_events:
+                        choice.add(part)
+            if len(choice.deltas) == num_events:
                 break
-    return deltas
+    return choice
 
 
 async def ask_and_give_up(client: httpx.AsyncClient, body: dict[str, Any], seconds: float) -> None:

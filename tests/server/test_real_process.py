@@ -107,6 +107,10 @@ def test_overload_is_refused_and_what_was_accepted_finishes(server: RealServer) 
         assert 1 <= int(answer.headers["retry-after"]) <= 60
     assert server.metric("vllm:admission_rejections_total", reason="queue_full") - refused_before == len(refused)
     assert ask_one(server.url, **SAY, max_tokens=SIZE).only.text == PHRASE
+    never = ask_one(server.url, **SAY, n=MAX_NUM_SEQS + MAX_QUEUED + 1)
+    assert (never.status, never.body["error"]["param"]) == (422, "n")
+    most = ask_one(server.url, **SAY, max_tokens=SIZE, n=MAX_NUM_SEQS + MAX_QUEUED)
+    assert [choice.text for choice in most.choices] == [PHRASE] * (MAX_NUM_SEQS + MAX_QUEUED)
 
 
 def test_a_deadline_that_passes_in_the_queue(server: RealServer) -> None:
@@ -133,9 +137,10 @@ def test_a_deadline_that_passes_in_the_queue(server: RealServer) -> None:
 
 def test_sigterm_refuses_at_once_and_lets_streams_finish(server: RealServer) -> None:
     """Ends the module's server, so it stands last of those that use it."""
-    streams = [Stream(server, **SAY, max_tokens=900, stream=True) for _ in range(MAX_NUM_SEQS)]
-    whole = Stream(server, **SAY, max_tokens=900)
+    body = SAY | {"max_tokens": 1500}
+    streams = [Stream(server, **body, stream=True) for _ in range(MAX_NUM_SEQS)]
     assert all(stream.started.wait(PATIENCE) for stream in streams)
+    whole = Stream(server, **body)
     wait_until(lambda: server.metric("vllm:num_requests_waiting") == 1)
     server.terminate()
     assert wait_until(lambda: httpx.get(f"{server.url}/ready").status_code == 503) < 1.0
@@ -147,7 +152,7 @@ def test_sigterm_refuses_at_once_and_lets_streams_finish(server: RealServer) -> 
     for stream in [*streams, whole]:
         answer = stream.result()
         assert (answer.status, answer.only.finish_reason) == (200, "length")
-        assert answer.only.text == said(900)
+        assert answer.only.text == said(1500)
     assert server.wait() == 0
     assert "Traceback" not in server.log
 

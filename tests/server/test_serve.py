@@ -177,6 +177,7 @@ def test_wrong_usage_is_one_sentence_and_exit_2(
         (["--model", str(tmp_path / "none")], "does not exist"),
         (["--model", str(folder / "config.json")], "is not a folder"),
         (["--model", str(tmp_path / "empty")], "holds no config.json"),
+        (["--model", "x" * 300], "--model"),
         ([*model, "--port", "99999"], "--port"),
         ([*model, "--host", "no.such.host.invalid"], "--host"),
         ([*model, "--kv-cache-memory", "2q"], "--kv-cache-memory"),
