@@ -354,6 +354,14 @@ def test_exponential() -> None:
 
 
 @pytest.mark.usefixtures("instruction_set")
+def test_rounds_halves_to_even() -> None:
+    """The mean of two neighbours in bfloat16 lies half-way between them."""
+    v = torch.tensor([[1.0, 1 + 2**-7], [1 + 2**-7, 1 + 2**-6], [-3.0, -3 - 2**-6], [2.0**-120, 3 * 2.0**-121]])
+    out = one_head(torch.bfloat16, torch.zeros(4, 2), torch.zeros(4, 2, 2), v[:, :, None].expand(4, 2, 2))
+    assert torch.equal(out[:, 0], v.mean(1).to(torch.bfloat16).float())
+
+
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_extreme_scores(dtype: torch.dtype) -> None:
     ones, length, dim = torch.ones(16), 37, 16
