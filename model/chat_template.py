@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from model.errors import TokenizerError
-from model.tokenizer_files import CONFIG_FILE, read_config
+from model.tokenizer.files import CONFIG_FILE, read_config
 
 if TYPE_CHECKING:
     import jinja2

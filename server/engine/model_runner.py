@@ -13,7 +13,7 @@ from model.errors import ConfigError, TokenizerError
 from model.kv_cache import PagedKVCache, bytes_per_block
 from model.paged_attention import PagedBatch
 from model.sampling import Sampler, SamplingBatch, SamplingRow
-from model.sampling_logprobs import Logprobs
+from model.sampling.logprobs import Logprobs
 from model.tokenizer import Tokenizer
 from server.engine.config import EngineConfig
 from server.engine.cuda_graph import CUDAGraphRunner

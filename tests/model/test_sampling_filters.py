@@ -13,10 +13,10 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from model.sampling_draw import block_sums, draw, padded_width, probabilities, seed_state, total_mass, uniforms
-from model.sampling_edits import Penalties
-from model.sampling_filters import Filters, largest_threshold, top_values
-from model.sampling_nucleus import WideNuclei
+from model.sampling.draw import block_sums, draw, padded_width, probabilities, seed_state, total_mass, uniforms
+from model.sampling.edits import Penalties
+from model.sampling.filters import Filters, largest_threshold, top_values
+from model.sampling.nucleus import WideNuclei
 from model.sampling_params import SamplingParams
 
 VOCAB = 3_000

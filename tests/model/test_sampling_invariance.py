@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model.sampling import Sampler, SamplingRow
-from model.sampling_draw import block_sums, padded_width, probabilities
-from model.sampling_filters import Filters
-from model.sampling_logprobs import raw_logprobs
+from model.sampling.draw import block_sums, padded_width, probabilities
+from model.sampling.filters import Filters
+from model.sampling.logprobs import raw_logprobs
 from model.sampling_params import SamplingParams
 
 GPT2_VOCAB = 50_257

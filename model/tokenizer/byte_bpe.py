@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 from model.errors import TokenizerError
-from model.tokenizer_files import END_OF_TEXT, as_dict, special_token_entry, tokenizer_document
+from model.tokenizer.files import END_OF_TEXT, as_dict, special_token_entry, tokenizer_document
 
 # GPT-2's split into words: contractions, letters, digits, other symbols, white space. The same language as the
 # pattern of the original release, written with possessive quantifiers so that no input makes it backtrack.
@@ -63,7 +63,7 @@ def read_spelling(spelling: str) -> bytes | None:
 
 def load_gpt2() -> ByteBpe:
     """GPT-2's 50,256 ranks, from the file shipped with the package, and `<|endoftext|>`."""
-    path = Path(__file__).parent / "data" / "gpt2.tiktoken"
+    path = Path(__file__).parent.parent / "data" / "gpt2.tiktoken"
     try:
         data = path.read_bytes()
     except OSError:

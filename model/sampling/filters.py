@@ -5,7 +5,7 @@ nucleus (the fewest largest probabilities whose sum reaches top_p of what top_k 
 Ties at a threshold are therefore all kept, and the outcome depends neither on a sort's order nor on what the
 neighbours asked for. The three combine as their maximum.
 
-On the CPU a nucleus is found among the 256 largest probabilities; where it is wider, `model.sampling_nucleus` draws
+On the CPU a nucleus is found among the 256 largest probabilities; where it is wider, `model.sampling.nucleus` draws
 from it without a threshold. On CUDA, where a look from the host would cost a wait, it is always bisected.
 
 R is rows, U the rows that use top_k or top_p, N the padded width.
@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.sampling_draw import total_mass
-from model.sampling_nucleus import WideNuclei
+from model.sampling.draw import total_mass
+from model.sampling.nucleus import WideNuclei
 from model.sampling_params import SamplingParams
 
 _NUCLEUS_CANDIDATES = 256

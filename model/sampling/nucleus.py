@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.sampling_draw import draw, total_mass, uniforms
+from model.sampling.draw import draw, total_mass, uniforms
 
 
 @dataclass(frozen=True, slots=True)

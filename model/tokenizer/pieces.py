@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from model.byte_bpe import read_spelling
-from model.tokenizer_files import as_dict
+from model.tokenizer.byte_bpe import read_spelling
+from model.tokenizer.files import as_dict
 
 if TYPE_CHECKING:
     import tokenizers

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
-from model.byte_bpe import (
+from model.errors import TokenizerError
+from model.tokenizer.byte_bpe import (
     BYTE_ALPHABET,
     GPT2_PATTERN,
     ByteBpe,
@@ -21,8 +22,7 @@ from model.byte_bpe import (
     byte_bpe_model,
     byte_level,
 )
-from model.errors import TokenizerError
-from model.tokenizer_files import as_dict, special_token_entry, to_json_bytes, tokenizer_document
+from model.tokenizer.files import as_dict, special_token_entry, to_json_bytes, tokenizer_document
 
 if TYPE_CHECKING:
     import tokenizers

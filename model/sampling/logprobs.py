@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.sampling_draw import BLOCK
+from model.sampling.draw import BLOCK
 from model.sampling_params import SamplingParams
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from model.errors import TokenizerError
-from model.token_pieces import TokenPieces
+from model.tokenizer.pieces import TokenPieces
 
 if TYPE_CHECKING:
     import tokenizers

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.sampling_draw import argmax, draw, padded_width, probabilities, seed_state, uniforms
-from model.sampling_edits import LogitBias, MinTokens, Penalties
-from model.sampling_filters import Filters
-from model.sampling_logprobs import Logprobs, LogprobsRequest
+from model.sampling.draw import argmax, draw, padded_width, probabilities, seed_state, uniforms
+from model.sampling.edits import LogitBias, MinTokens, Penalties
+from model.sampling.filters import Filters
+from model.sampling.logprobs import Logprobs, LogprobsRequest
 from model.sampling_params import SamplingParams
 
 _MIN_TEMPERATURE = 1e-6  # below it, dividing would overflow float32; the draw is greedy long before

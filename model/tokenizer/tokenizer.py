@@ -18,8 +18,7 @@ from functools import cache, cached_property
 from pathlib import Path
 
 from model.errors import TokenizerError
-from model.stream_decoder import Collector, PlacedCollector, PlainCollector, StreamDecoder, WindowCollector
-from model.tokenizer_files import (
+from model.tokenizer.files import (
     CONFIG_FILE,
     END_OF_TEXT,
     TOKENIZER_FILE,
@@ -27,7 +26,7 @@ from model.tokenizer_files import (
     read_tokenizer_files,
     to_json_bytes,
 )
-from model.tokenizer_parts import (
+from model.tokenizer.parts import (
     PROBES,
     TokenizerKind,
     TokenizerParts,
@@ -36,8 +35,9 @@ from model.tokenizer_parts import (
     gpt2_parts,
     parts_from_files,
 )
+from model.tokenizer.stream_decoder import Collector, PlacedCollector, PlainCollector, WindowCollector
 
-__all__ = ["StreamDecoder", "Tokenizer", "TokenizerKind"]
+__all__ = ["Tokenizer", "TokenizerKind"]
 
 _log = logging.getLogger(__name__)
 

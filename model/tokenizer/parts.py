@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from model.byte_bpe import ByteBpe, byte_bpe_from_document, load_gpt2
-from model.text_encoders import (
+from model.tokenizer.byte_bpe import ByteBpe, byte_bpe_from_document, load_gpt2
+from model.tokenizer.encoders import (
     IRRELEVANT_PARTS,
     BytesEncoder,
     CharacterEncoder,
@@ -18,8 +18,8 @@ from model.text_encoders import (
     bytes_document,
     characters_document,
 )
-from model.token_pieces import TokenPieces, local_pieces, same_everywhere
-from model.tokenizer_files import END_OF_TEXT, TOKENIZER_FILE, TokenizerFiles, as_dict
+from model.tokenizer.files import END_OF_TEXT, TOKENIZER_FILE, TokenizerFiles, as_dict
+from model.tokenizer.pieces import TokenPieces, local_pieces, same_everywhere
 
 if TYPE_CHECKING:
     import tokenizers
