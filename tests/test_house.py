@@ -43,6 +43,8 @@ TORCH_FREE = (
     "model.tokenizer",
     "model.chat_template",
     "model.hf_config",
+    "model.manifest",
+    "model.presets",
     "server.engine.sequence",
     "server.engine.block_manager",
     "server.engine.scheduler",
