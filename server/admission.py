@@ -11,7 +11,7 @@ import time
 from model.errors import InvalidSamplingParamsError, TokenizerError
 from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
-from server.engine.interface import EngineUnavailableError, QueueFullError
+from server.engine.interface import EngineClient, EngineUnavailableError, QueueFullError
 from server.engine.messages import EngineInfo
 from server.error_handlers import from_sampling_error
 from server.errors import (
@@ -44,7 +44,7 @@ async def admit(body: GenerateRequest, services: Services) -> Generation:
         assert services.tokenizer is not None, "admission needs a loaded tokenizer"
         return Generation(prompt, services.tokenizer, services.engine, services.lifecycle, services.metrics)
     except (QueueFullError, EngineUnavailableError, BusyError) as error:
-        refusal = _refusal(error, services)
+        refusal = _refusal(error, prompt, services)
         services.metrics.count_rejection(refusal.code)
         raise refusal from None
 
@@ -56,14 +56,30 @@ def refuse_unless_admitting(services: Services) -> None:
         raise error
 
 
-def _refusal(error: Exception, services: Services) -> ApiError:
+def _refusal(error: Exception, prompt: Prompt, services: Services) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFullError):
+        if prompt.deadline is not None and _has_room(services.engine, prompt.n):
+            return _unreachable_error(error.retry_after)
         return BusyError("the request queue is full; try again later", error.retry_after)
     assert isinstance(error, EngineUnavailableError)
     make = loading_error if services.engine.state == "loading" else engine_down_error
     return make(error.retry_after)
+
+
+def _has_room(engine: EngineClient, num_sequences: int) -> bool:
+    """Whether the queue would take as many sequences if they were in no hurry."""
+    try:
+        engine.check_admission(num_sequences)
+    except (QueueFullError, EngineUnavailableError):
+        return False
+    return True
+
+
+def _unreachable_error(wait: float) -> BusyError:
+    message = "the request cannot start before its deadline_ms passes"
+    return BusyError(message, math.ceil(wait), code="deadline_unreachable")
 
 
 def _check_deadline(deadline: float | None, metrics: Metrics) -> None:
@@ -71,8 +87,7 @@ def _check_deadline(deadline: float | None, metrics: Metrics) -> None:
         return
     wait = metrics.expected_wait()
     if time.monotonic() + wait >= deadline:
-        message = "the request cannot start before its deadline_ms passes"
-        raise BusyError(message, math.ceil(wait), code="deadline_unreachable")
+        raise _unreachable_error(wait)
 
 
 async def _prompt(body: GenerateRequest, services: Services, arrival: float) -> Prompt:

@@ -54,7 +54,7 @@ def _with_stops(output: GenerationOutput, stops: list[str]) -> Expected:
     ids, decoder, text = output.token_ids, codecs.getincrementaldecoder("utf-8")("replace"), ""
     for count, token_id in enumerate(ids, 1):
         ends = count == len(ids)
-        hidden = ends and output.finish_reason == "stop"
+        hidden = token_id == _EOS or (ends and output.finish_reason == "stop")
         text += decoder.decode(b"" if hidden else _TOKENIZER.token_bytes(token_id), final=ends)
         found = [(text.index(stop), stop) for stop in stops if stop in text]
         if found:
