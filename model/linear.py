@@ -35,7 +35,8 @@ class Linear(nn.Module):
         packed = pack_weight(self.weight.detach(), self.bias, self.activation)
         if packed is not None:
             self.packed = packed
-            self.weight = nn.Parameter(self.weight.detach()[:0], requires_grad=False)
+            # A new tensor: a view of no rows would keep the whole weight in memory.
+            self.weight = nn.Parameter(self.weight.new_empty(0, self.weight.shape[1]), requires_grad=False)
 
 
 def activate(x: Tensor, activation: Activation | None) -> Tensor:

@@ -198,6 +198,13 @@ def test_without_onednn_nothing_is_packed(monkeypatch: pytest.MonkeyPatch) -> No
     assert pack_weight(*random_weight(70, 96, torch.float32), None) is None
 
 
+def test_a_packed_module_gives_back_the_memory_of_its_weight() -> None:
+    layer = linear(torch.float32)
+    layer.pack()
+    assert layer.packed is not None
+    assert layer.weight.untyped_storage().nbytes() == 0
+
+
 def test_a_packed_module_has_no_weight_to_load_or_copy_into() -> None:
     layer, other = linear(torch.float32), linear(torch.float32)
     layer.pack()
