@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -22,6 +23,7 @@ from benchmarks.workload import BatchTiming, Workload, random_prompts, rates, re
 from model.errors import QuillError
 from model.sampling_params import SamplingParams
 from server.engine.config import EngineConfig
+from server.engine.environment import engine_environment
 from server.engine.llm_engine import LLMEngine
 from server.engine.messages import AddRequest
 
@@ -172,8 +174,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def use_engine_environment() -> None:
+    """Start this process again under the variables that the server gives its engine: libraries read them at load."""
+    environment = engine_environment(os.environ)
+    if environment != dict(os.environ):
+        os.execve(sys.executable, sys.orig_argv, environment)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
+    use_engine_environment()
     try:
         figures = measure(args)
     except (BenchmarkError, QuillError) as error:

@@ -4,7 +4,7 @@ The operators are private to torch, so each packed weight is checked against `F.
 machine or a torch build where they are absent or wrong falls back to `F.linear`.
 
 Rows never depend on each other here, to the bit, as long as there are at least two of them: with a single row
-oneDNN may split a long inner dimension over threads and add in another order. A single row is therefore doubled.
+oneDNN may split a long inner dimension over threads and add in another order. A single row is therefore repeated.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from model.config import Activation
 
 # oneDNN picks the layout for about this many rows; decoding works with few, prefill with hundreds.
 _ROWS_HINT = 32
+# Fewer rows than this take longer than this many: there oneDNN uses a slower kernel.
+MIN_ROWS = 4
 _FUSED: dict[Activation | None, tuple[str, str]] = {
     None: ("none", ""),
     "gelu_tanh": ("gelu", "tanh"),
@@ -41,7 +43,7 @@ class PackedWeight:
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.numel() // self.in_features
         if rows == 1:
-            return self._product(x.reshape(1, -1).repeat(2, 1))[:1].view(*x.shape[:-1], self.out_features)
+            return self._product(x.reshape(1, -1).repeat(MIN_ROWS, 1))[:1].view(*x.shape[:-1], self.out_features)
         return self._product(x)
 
     def _product(self, x: Tensor) -> Tensor:

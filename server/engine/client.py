@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import msgspec
 from model.sampling_params import SamplingParams
 from server.engine.channel import FrameSplitter, frame
 from server.engine.config import EngineConfig
+from server.engine.environment import engine_environment
 from server.engine.interface import EngineRequestError, EngineState, EngineUnavailableError, QueueFullError
 from server.engine.messages import (
     AbortRequests,
@@ -156,6 +158,7 @@ class AsyncEngine(asyncio.Protocol):
                 [sys.executable, "-m", "server.engine.process", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
+                env=engine_environment(os.environ),
                 # Its own session, so that Ctrl+C reaches only us and we decide when it ends.
                 start_new_session=True,
             )

@@ -9,13 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.packed_linear import MIN_ROWS
 from model.paged_attention import AttentionMetadata
 from server.engine.scheduler import ScheduledBatch
 from server.engine.sequence import Sequence
 from server.engine.transfer import HostToDevice
-
-# Products with a single row may add in another order than those with more: see model/packed_linear.py.
-_MIN_ROWS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +47,7 @@ class InputBuilder:
             tokens += seq.token_ids[start : start + count]
             positions += range(start, start + count)
         num_tokens = len(tokens)
-        padding = max(0, _MIN_ROWS - num_tokens)
+        padding = max(0, MIN_ROWS - num_tokens)
         context_lens = [seq.num_computed_tokens + count for seq, count in zip(sequences, counts, strict=True)]
         ends = np.cumsum([0, *counts], dtype=np.int32)
         positions_array = np.array(positions + [0] * padding, dtype=np.int64)

@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from model.packed_linear import MIN_ROWS
 from model.sampling_params import SamplingParams
 from server.engine.scheduler import ScheduledBatch
 from server.engine.sequence import Sequence
@@ -54,7 +55,7 @@ def check(inputs: StepInputs, batch: ScheduledBatch) -> None:
         if wanted:
             rows.append(len(tokens) - 1)
             generated.append(seq.num_output_tokens)
-    padding = [0] * (len(tokens) == 1)
+    padding = [0] * max(0, MIN_ROWS - len(tokens))
     metadata = inputs.metadata
     assert inputs.input_ids.tolist() == tokens + padding
     assert inputs.positions.tolist() == positions + padding
@@ -99,10 +100,10 @@ def test_a_chunk_without_a_sample() -> None:
     assert inputs.sample_rows.shape == inputs.sample_positions.shape == (0,)
 
 
-def test_a_single_token_is_padded_to_two_rows_that_are_stored_nowhere() -> None:
+def test_a_single_token_is_padded_with_rows_that_are_stored_nowhere() -> None:
     inputs = build_and_check(new_builder(), batch_of([sequence(1, 6, computed=6, output=1, blocks=[5, 3])], []))
-    assert inputs.input_ids.shape == inputs.positions.shape == (2,)
-    assert inputs.metadata.slot_mapping.tolist() == [3 * BLOCK + 2, -1]
+    assert inputs.input_ids.shape == inputs.positions.shape == (MIN_ROWS,)
+    assert inputs.metadata.slot_mapping.tolist() == [3 * BLOCK + 2] + [-1] * (MIN_ROWS - 1)
     assert inputs.metadata.num_tokens == 1
     assert inputs.metadata.context_lens.tolist() == [7]
 
