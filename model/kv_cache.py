@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.errors import ConfigError
 
 BlockShape = Callable[[ModelConfig, int, torch.dtype], tuple[tuple[int, ...], tuple[int, ...]]]
 
@@ -33,11 +34,19 @@ class PagedKVCache:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> PagedKVCache:
-        """Zeroed blocks for every layer. `block_shape` gives the shapes of one block's keys and values."""
+        """Zeroed blocks for every layer. `block_shape` gives the shapes of one block's keys and values.
+
+        Raises ConfigError if the device has not that much memory.
+        """
         key_shape, value_shape = block_shape(config, block_size, dtype)
         layers = range(config.num_layers)
-        keys = [torch.zeros(num_blocks, *key_shape, dtype=dtype, device=device) for _ in layers]
-        values = [torch.zeros(num_blocks, *value_shape, dtype=dtype, device=device) for _ in layers]
+        try:
+            keys = [torch.zeros(num_blocks, *key_shape, dtype=dtype, device=device) for _ in layers]
+            values = [torch.zeros(num_blocks, *value_shape, dtype=dtype, device=device) for _ in layers]
+        except (RuntimeError, MemoryError):
+            # torch reports a failed allocation on the CPU as a bare RuntimeError.
+            size = num_blocks * bytes_per_block(config, block_shape, block_size, dtype) / 2**30
+            raise ConfigError(f"kv_cache_memory asks for {size:.1f}GiB, which cannot be had here; lower it") from None
         return cls(keys, values, num_blocks, block_size)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -33,11 +33,10 @@ from server.engine.messages import (
     StepOutput,
 )
 
-logger = logging.getLogger(__name__)
-
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(EngineOutput)
 _SHUTDOWN_SECONDS = 5.0
+_STATUS_SECONDS = 0.1
 _LOADING_RETRY_SECONDS = 5
 _MAX_RETRY_SECONDS = 60
 # Finished requests whose rate predicts how long a queue takes.
@@ -123,7 +122,6 @@ class AsyncEngine(asyncio.Protocol):
         self._process: subprocess.Popen[bytes] | None = None
         self._transport: asyncio.WriteTransport | None = None
         self._ready = asyncio.Event()
-        self._closing = False
 
     @property
     def state(self) -> EngineState:
@@ -195,18 +193,19 @@ class AsyncEngine(asyncio.Protocol):
             self._send(_encoder.encode(AbortRequests([request_id])))
 
     async def close(self) -> None:
-        self._closing = True
         process = self._process
+        # An engine that still loads hears nothing, and there is nothing to end well.
+        patience = _SHUTDOWN_SECONDS if self._state == "ready" else 0.0
         if self._transport is not None:
             self._send(_encoder.encode(Shutdown()))
             self._transport.close()
+        self._die("the engine was closed")
         if process is not None:
             try:
-                await asyncio.to_thread(process.wait, _SHUTDOWN_SECONDS)
+                await asyncio.to_thread(process.wait, patience)
             except subprocess.TimeoutExpired:
                 process.kill()
                 await asyncio.to_thread(process.wait)
-        self._die("the engine was closed")
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports do not derive from asyncio's classes.
@@ -227,7 +226,21 @@ class AsyncEngine(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
-        self._die("the engine's process ended")
+        if self._state != "dead":
+            self._die(f"the engine's process ended {self._manner_of_death()}".rstrip())
+
+    def _manner_of_death(self) -> str:
+        """How the process ended, as far as is known: its socket closes a moment before its status can be read."""
+        if self._process is None:
+            return ""
+        try:
+            code = self._process.wait(_STATUS_SECONDS)
+        except subprocess.TimeoutExpired:
+            return ""
+        if code >= 0:
+            return f"with exit code {code}"
+        name = signal.Signals(-code).name
+        return f"by {name}, perhaps for want of memory" if name == "SIGKILL" else f"by {name}"
 
     def _take_step(self, step: StepOutput) -> None:
         self._stats = step.stats
@@ -247,8 +260,6 @@ class AsyncEngine(asyncio.Protocol):
             return
         self._state = "dead"
         self._fault = reason
-        if not self._closing:
-            logger.error("engine down: %s", reason)
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream.fail(EngineRequestError("the engine is down"))

@@ -14,12 +14,15 @@ import pytest
 import torch
 
 from model.checkpoint import load_model
+from model.errors import ConfigError
 from model.generate import generate
 from model.sampling_params import SamplingParams
 from server.engine.channel import FrameSplitter, frame
 from server.engine.client import AsyncEngine
 from server.engine.config import EngineConfig
+from server.engine.environment import engine_environment
 from server.engine.interface import EngineRequestError, EngineUnavailableError, QueueFullError
+from server.engine.llm_engine import LLMEngine
 
 # A child imports torch before it answers, on machines that may be busy.
 PATIENCE = 60.0
@@ -124,10 +127,17 @@ def test_a_killed_engine_ends_its_streams_with_an_error(llama_checkpoint: Path) 
             async for _ in stream:
                 pass
         assert engine.state == "dead"
+        assert engine.fault is not None
+        assert "SIGKILL" in engine.fault
         with pytest.raises(EngineUnavailableError):
             engine.submit([1], SamplingParams())
 
     run(llama_checkpoint, scenario)
+
+
+def test_more_cache_than_memory_is_a_users_error(llama_checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match="kv_cache_memory"):
+        LLMEngine(EngineConfig(str(llama_checkpoint), "test", device="cpu", kv_cache_memory=2**50))
 
 
 def test_a_folder_without_weights_is_a_users_error(tmp_path: Path) -> None:
@@ -152,3 +162,20 @@ def test_frames_survive_any_cut(size: int) -> None:
     splitter = FrameSplitter()
     pieces = [stream[at : at + size] for at in range(0, len(stream), size)]
     assert [bytes(message) for piece in pieces for message in splitter.feed(piece)] == messages
+
+
+def test_the_engines_environment_keeps_what_the_operator_set() -> None:
+    plain = engine_environment({"A": "b"})
+    assert plain == {
+        "A": "b",
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+        "THP_MEM_ALLOC_ENABLE": "1",
+        "GOMP_SPINCOUNT": "10000",
+    }
+    assert engine_environment(plain) == plain
+    chosen = {
+        "GLIBC_TUNABLES": "glibc.malloc.arena_max=1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "THP_MEM_ALLOC_ENABLE": "0",
+    }
+    assert engine_environment(chosen) == chosen | {"GLIBC_TUNABLES": "glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1"}
