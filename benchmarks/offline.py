@@ -183,7 +183,6 @@ def use_engine_environment() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    use_engine_environment()
     try:
         figures = measure(args)
     except (BenchmarkError, QuillError) as error:
@@ -196,4 +195,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Not in main(): replacing the process is for a command of its own, never for a caller in the same process.
+    use_engine_environment()
     sys.exit(main())
