@@ -50,6 +50,8 @@ def listen(host: str, port: int) -> socket.socket:
             host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, kind, protocol)
+    except UnicodeError:
+        raise UsageError(f"--host: {host} is no host name; give a name or an address") from None
     except OSError as error:
         raise UsageError(f"--host: cannot listen on {host}: {error.strerror}") from None
     try:

@@ -109,7 +109,8 @@ class HostMiddleware:
 
     def __init__(self, app: ASGIApp, bind_host: str, allowed_hosts: list[str]) -> None:
         self._app = app
-        names = [*LOCAL_HOSTS, bind_host, *allowed_hosts]
+        own = f"[{bind_host}]" if ":" in bind_host and not bind_host.startswith("[") else bind_host
+        names = [*LOCAL_HOSTS, own, *allowed_hosts]
         self._any = "*" in allowed_hosts
         self._exact = {name.lower() for name in names if not name.startswith("*")}
         self._suffixes = tuple(name[1:].lower() for name in allowed_hosts if name.startswith("*."))

@@ -85,7 +85,7 @@ class Settings(BaseSettings):
     ping_interval: float = Field(15.0, gt=0, le=3600, description="seconds of silence before a stream gets a ping")
     health_timeout: float = Field(15.0, gt=0, description="seconds of engine silence before /health gives 503")
 
-    drain_delay: float = Field(0.0, ge=0, le=3600, description="seconds between SIGTERM and the end of listening")
+    drain_delay: float = Field(0.0, ge=0, le=3600, description="least seconds between SIGTERM and the end of listening")
     drain_timeout: float = Field(30.0, ge=0, le=86_400, description="seconds that running requests get to finish")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severity to log")
     log_format: Literal["text", "json"] = Field("text", description="form of the log lines")

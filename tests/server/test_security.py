@@ -87,6 +87,13 @@ async def test_a_wildcard_bind_answers_for_addresses_and_plain_names(engine: Fak
             assert await status(client, host) == 400, host
 
 
+@pytest.mark.parametrize("bind", ["2001:db8::1", "[2001:db8::1]"])
+async def test_a_server_answers_for_the_ipv6_address_it_is_bound_to(engine: FakeEngine, bind: str) -> None:
+    async with client_for(make_app(engine, host=bind)) as client:
+        assert await status(client, "[2001:db8::1]:8000") == 200
+        assert await status(client, "[2001:db8::2]:8000") == 400
+
+
 async def test_cors_is_off_unless_asked_for(engine: FakeEngine) -> None:
     origin = "https://page.example"
     preflight = {"origin": origin, "access-control-request-method": "POST"}

@@ -180,6 +180,7 @@ def test_wrong_usage_is_one_sentence_and_exit_2(
         (["--model", "x" * 300], "--model"),
         ([*model, "--port", "99999"], "--port"),
         ([*model, "--host", "no.such.host.invalid"], "--host"),
+        ([*model, "--host", ".."], "--host"),
         ([*model, "--kv-cache-memory", "2q"], "--kv-cache-memory"),
         ([*model, "--kv-cache-memory", "0"], "--kv-cache-memory"),
         ([*model, "--device", "tpu"], "--device"),
