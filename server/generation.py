@@ -84,6 +84,10 @@ class Generation:
         completion = sum(choice.num_tokens for choice in self.choices)
         return Usage(self._num_prompt_tokens, completion, self.choices[0].cached_tokens)
 
+    @property
+    def _num_unfinished(self) -> int:
+        return sum(choice.finish_reason is None for choice in self.choices)
+
     async def run(self, receive: Receive, emit: Emit) -> None:
         """Hand every delta to `emit` until all choices have ended.
 
@@ -105,7 +109,7 @@ class Generation:
         except EngineRequestError:
             if self._interrupted:
                 raise (self._error or ClientGoneError()) from None
-            self._metrics.count_finish("error", len(self.choices))
+            self._metrics.count_finish("error", self._num_unfinished)
             raise (request_failed_error() if self._engine.state == "ready" else engine_down_error()) from None
         finally:
             self._task = None
@@ -124,7 +128,7 @@ class Generation:
             return
         self._interrupted = True
         self._error = error
-        self._metrics.count_finish("abort", sum(choice.finish_reason is None for choice in self.choices))
+        self._metrics.count_finish("abort", self._num_unfinished)
         if self._task is None:
             self.close()
         else:
@@ -157,10 +161,12 @@ class Generation:
             self._metrics.observe_tokens(now - last, len(output.token_ids), first=last == self._arrival)
             last = now
             delta = choice.push(output)
-            await emit(delta)
             if delta.finish_reason is not None:
+                # Before a slow client is waited for: after a stop string the engine still runs the sequence.
                 self._streams[index].abort()
                 self._finish(choice, output)
+            await emit(delta)
+            if delta.finish_reason is not None:
                 return
         raise EngineRequestError("the stream ended without a finish reason")
 

@@ -90,10 +90,14 @@ class Metrics:
         self.finished[reason if reason in self.finished else "error"] += count
 
     def observe_tokens(self, seconds: float, count: int, *, first: bool) -> None:
-        """`count` tokens arrived together, `seconds` after the previous ones or, the first, after the request."""
+        """`count` tokens arrived together, `seconds` after the previous ones or, the first, after the request.
+
+        None at all arrive where a deadline passes; a request that gets none has waited for a token all the same.
+        """
         if first:
-            self.time_to_first_token.add(seconds)
             self._remember_wait(seconds)
+            if count:
+                self.time_to_first_token.add(seconds)
         elif count:
             self.inter_token_latency.add(seconds / count, count)
 
@@ -104,7 +108,7 @@ class Metrics:
         self.e2e_latency.add(seconds)
         self.prompt_tokens.add(prompt)
         self.generation_tokens.add(generated)
-        if timings is not None:
+        if timings is not None and timings.first_scheduled:
             self.queue_time.add(max(0.0, timings.first_scheduled - timings.arrival))
 
     def _remember_wait(self, seconds: float) -> None:

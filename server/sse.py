@@ -53,7 +53,12 @@ class EventSender:
         self.num_sent += 1
 
     async def end(self, event: bytes) -> None:
+        self.num_pending += 1  # for good: nothing may be sent after it
         await self._send({"type": "http.response.body", "body": event})
+
+    async def ping(self) -> None:
+        if not self.num_pending:
+            await self.send(PING)
 
     def cut(self) -> None:
         """Drop the connection of a client that does not read, and with it all that waits to be sent."""
@@ -95,6 +100,6 @@ class Heartbeat:
         elif sender.num_pending and now - since >= self._write_timeout:
             sender.cut()
         elif not sender.num_pending and now - since >= self._ping_interval - self._period / 2:
-            task = asyncio.create_task(sender.send(PING))
+            task = asyncio.create_task(sender.ping())
             self._pings.add(task)
             task.add_done_callback(self._pings.discard)

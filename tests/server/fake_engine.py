@@ -25,13 +25,17 @@ LETTERS = b"abcdefghijklmnopqrstuvwxyz "
 
 @dataclass
 class Plan:
-    """What a request gets: tokens in chunks, then a finish reason. `fail_after` chunks the request fails instead."""
+    """What a request gets: tokens in chunks, then a finish reason. `fail_after` chunks the request fails instead.
+
+    `never_scheduled` is one that ended while it waited.
+    """
 
     chunks: list[list[int]]
     finish_reason: str = "length"
     stop_token_id: int | None = None
     delay: float = 0.0
     fail_after: int | None = None
+    never_scheduled: bool = False
 
 
 Script = Callable[[list[int], SamplingParams], Plan]
@@ -212,6 +216,7 @@ class FakeEngine:
         self, stream: FakeStream, tokens: list[int], plan: Plan, arrival: float, *, last: bool
     ) -> SequenceOutput:
         now = time.monotonic()
+        started = 0.0 if plan.never_scheduled else arrival + 0.01
         wanted = stream.params.logprobs
         return SequenceOutput(
             request_id=stream.request_id,
@@ -220,7 +225,7 @@ class FakeEngine:
             stop_token_id=plan.stop_token_id if last else None,
             cached_tokens=self.cached_tokens,
             logprobs=None if wanted is None else [_logprobs(token, wanted) for token in tokens],
-            timings=RequestTimings(arrival, arrival + 0.01, now, now, 0) if last else None,
+            timings=RequestTimings(arrival, started, now, now, 0) if last else None,
         )
 
     def end(self, stream: FakeStream) -> None:

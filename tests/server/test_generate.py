@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
 import httpx
 import pytest
 
+from server.admission import admit
 from server.engine.interface import QueueFullError
+from server.output import ChoiceDelta
+from server.schemas.native import GenerateRequest
+from server.services import Services
 from tests.server.conftest import client_for, make_app
 from tests.server.fake_engine import FakeEngine, Plan, says
 
@@ -95,6 +100,18 @@ async def test_stop_string_ends_the_engine_request() -> None:
         await client.post("/generate", json={"prompt": "p", "stop": "c"})
     assert engine.submitted[0].aborted
     assert not engine.live
+
+
+async def test_a_slow_client_does_not_keep_a_stopped_request_running() -> None:
+    engine = FakeEngine(says("abcdefgh" * 10, delay=0.001))
+    services: Services = make_app(engine).state.services
+    generation = await admit(GenerateRequest(prompt="p", stop="c"), services)
+
+    async def emit(delta: ChoiceDelta) -> None:
+        assert delta.finish_reason is None or not engine.live
+
+    await generation.run(asyncio.Event().wait, emit)  # type: ignore[arg-type]
+    assert services.metrics.finished["stop"] == 1
 
 
 async def test_eos_has_no_text() -> None:

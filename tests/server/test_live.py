@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import socket
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
 
+from server.sse import DONE, EventSender, Heartbeat
 from tests.server.fake_engine import FakeEngine, Plan, says
 from tests.server.live import LiveServer, read_all, wait_until
 
@@ -76,6 +79,28 @@ def test_silence_is_filled_with_pings(server: LiveServer) -> None:
         data = [line for line in lines if line.startswith("data: ")]
     assert data[-1] == "data: [DONE]"
     assert "".join(json.loads(line[6:])["choices"][0]["text"] for line in data[:-2]) == "hello world"
+
+
+def test_no_ping_follows_the_end_of_a_stream() -> None:
+    async def scenario() -> None:
+        sent: list[bytes] = []
+        room = asyncio.Event()
+
+        async def send(message: Any) -> None:
+            await room.wait()
+            sent.append(message["body"])
+
+        sender, heartbeat = EventSender({}, send), Heartbeat(ping_interval=0.02, write_timeout=9)
+        heartbeat.add(sender)
+        ending = asyncio.create_task(sender.end(DONE))
+        await asyncio.sleep(0.1)  # several pings' time, in which the client reads nothing
+        room.set()
+        await ending
+        await asyncio.sleep(0.05)
+        heartbeat.remove(sender)
+        assert sent == [DONE]
+
+    asyncio.run(scenario())
 
 
 def test_a_fault_after_the_first_byte_is_an_error_event(server: LiveServer) -> None:

@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 import server
+from model.sampling_params import SamplingParams
 from server.app import create_app
 from tests.server.conftest import client_for, make_app, make_settings
 from tests.server.fake_engine import FakeEngine, Plan, says
@@ -93,6 +94,31 @@ async def test_metrics_count_what_happened(engine: FakeEngine) -> None:
     cache = {"block_size": "16", "num_gpu_blocks": "100", "enable_prefix_caching": "True"}
     assert value(text, "vllm:cache_config_info", **model, **cache) == 1
     assert "process_resident_memory_bytes" in text
+
+
+async def test_each_choice_ends_once(engine: FakeEngine) -> None:
+    def script(prompt: list[int], params: SamplingParams) -> Plan:
+        if params.seed == 5:
+            return Plan([[97]], "deadline")
+        return Plan([[97], [98]], delay=0.01, fail_after=1)
+
+    engine.script = script
+    app = make_app(engine)
+    async with client_for(app) as client:
+        assert (await client.post("/generate", json={"prompt": "a", "n": 3, "seed": 5})).status_code == 503
+    finished = app.state.services.metrics.finished
+    assert {reason: count for reason, count in finished.items() if count} == {"deadline": 1, "error": 2}
+
+
+async def test_a_request_that_never_started_has_no_first_token(engine: FakeEngine) -> None:
+    engine.script = lambda prompt, params: Plan([[]], "deadline", never_scheduled=True)
+    async with client_for(make_app(engine)) as client:
+        answer = await client.post("/generate", json={"prompt": "a", "deadline_ms": 1_000})
+        text = (await client.get("/metrics")).text
+    assert answer.json()["choices"][0]["finish_reason"] == "deadline"
+    for name in ("time_to_first_token_seconds", "request_queue_time_seconds"):
+        assert value(text, f"vllm:{name}_count", model_name="tiny") == 0
+    assert value(text, "vllm:e2e_request_latency_seconds_count", model_name="tiny") == 1
 
 
 async def test_nothing_a_client_sends_becomes_a_label(engine: FakeEngine) -> None:
