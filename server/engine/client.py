@@ -39,7 +39,7 @@ _SHUTDOWN_SECONDS = 5.0
 _STATUS_SECONDS = 0.1
 _LOADING_RETRY_SECONDS = 5
 _MAX_RETRY_SECONDS = 60
-# Finished requests whose rate predicts how long a queue takes.
+# Finished requests whose rate, while all seats are taken, predicts how long a queue takes.
 _RATE_WINDOW = 64
 
 
@@ -172,6 +172,8 @@ class AsyncEngine(asyncio.Protocol):
         self, prompt_token_ids: list[int], params: SamplingParams, deadline: float | None = None
     ) -> EngineStream:
         self.check_admission(1)
+        if not self._num_queued(1):
+            self._finish_times.clear()  # with seats to spare, requests end as rarely as they come
         now = time.monotonic()
         if deadline is not None and now + self._queue_seconds(1) > deadline:
             raise QueueFullError(self._retry_after())
@@ -239,7 +241,7 @@ class AsyncEngine(asyncio.Protocol):
             return ""
         if code >= 0:
             return f"with exit code {code}"
-        name = signal.Signals(-code).name
+        name = next((known.name for known in signal.Signals if known == -code), f"signal {-code}")
         return f"by {name}, perhaps for want of memory" if name == "SIGKILL" else f"by {name}"
 
     def _take_step(self, step: StepOutput) -> None:
@@ -275,7 +277,7 @@ class AsyncEngine(asyncio.Protocol):
         return max(0, len(self._streams) + more - seats)
 
     def _queue_seconds(self, more: int = 0) -> float:
-        """How long a new request would wait for its turn, from the rate at which requests have ended lately."""
+        """How long a new request would wait for its turn, by the rate at which others end while there is a queue."""
         times = self._finish_times
         queued = self._num_queued(more)
         if queued == 0 or len(times) < 2 or times[-1] <= times[0]:

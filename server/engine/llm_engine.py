@@ -76,12 +76,11 @@ class LLMEngine:
 
     def step(self) -> StepOutput:
         """Run one step. Requests that ended or got tokens are in its outputs."""
-        started = time.perf_counter()
         batch = self.scheduler.schedule()
         outputs = [_finished_output(seq) for seq in batch.expired]
         if not batch.is_empty:
             outputs += self._run(batch)
-        return StepOutput(outputs, self.stats(), batch.num_tokens, time.perf_counter() - started)
+        return StepOutput(outputs, self.stats(), batch.num_tokens)
 
     def stats(self) -> EngineStats:
         scheduler, blocks = self.scheduler, self.block_manager

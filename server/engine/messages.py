@@ -80,7 +80,6 @@ class StepOutput(msgspec.Struct, frozen=True, array_like=True, tag=True):
     outputs: list[SequenceOutput]
     stats: EngineStats
     step_tokens: int = 0
-    step_seconds: float = 0.0
 
 
 class ModelInfo(msgspec.Struct, frozen=True):

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -114,6 +115,32 @@ def test_requests_before_readiness_and_beyond_the_queue_are_turned_away(llama_ch
         assert len(await collect(engine, [1], SamplingParams(max_tokens=3, ignore_eos=True))) == 3
 
     run(llama_checkpoint, scenario, max_queued=3)
+
+
+def test_a_rate_from_idle_times_predicts_no_queue(llama_checkpoint: Path) -> None:
+    async def scenario(engine: AsyncEngine) -> None:
+        await engine.wait_ready()
+        assert engine.info is not None
+        for _ in range(3):
+            await collect(engine, [1], SamplingParams(max_tokens=1))
+            await asyncio.sleep(0.2)  # idle, and not because the engine is slow
+        streams = [engine.submit([1], SamplingParams(max_tokens=50)) for _ in range(engine.info.max_num_seqs + 10)]
+        streams.append(engine.submit([1], SamplingParams(max_tokens=1), time.monotonic() + 1.5))
+        for stream in streams:
+            stream.abort()
+
+    run(llama_checkpoint, scenario)
+
+
+@pytest.mark.parametrize(("number", "words"), [(signal.SIGSEGV, "by SIGSEGV"), (40, "by signal 40")])
+def test_any_manner_of_death_is_put_in_words(number: int, words: str) -> None:
+    engine = AsyncEngine(EngineConfig("folder", "test"), 1)
+    engine._process = subprocess.Popen(["sleep", "60"])
+    engine._process.send_signal(number)
+    engine._process.wait()
+    engine.connection_lost(None)
+    assert engine.state == "dead"
+    assert words in (engine.fault or "")
 
 
 def test_a_killed_engine_ends_its_streams_with_an_error(llama_checkpoint: Path) -> None:
