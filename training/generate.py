@@ -29,7 +29,7 @@ class Sample:
 
 def sample(model: Transformer, tokenizer: Tokenizer, prompt: str, params: SamplingParams) -> Sample:
     """At most `params.max_tokens` tokens, fewer where the context ends. Raises PromptError for too long a prompt."""
-    result = generate(model, prompt_ids(tokenizer, prompt), params)
+    result = generate(model, prompt_ids(tokenizer, prompt), params, valid_vocab_size=tokenizer.vocab_size)
     return Sample(tokenizer.decode(result.token_ids), result.token_ids, result.finish_reason, params.seed)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
@@ -125,6 +125,16 @@ def test_what_cannot_be_evaluated_is_named(checkpoint: Path, data_dir: Path, tex
         evaluate_checkpoint(checkpoint, data=data_dir, stride=33)
     with pytest.raises(RecipeError, match="give either --data or --text"):
         evaluate_checkpoint(checkpoint)
+
+
+def test_padding_of_the_vocabulary_is_never_generated(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 320, "n_embd": 16, "n_head": 2, "n_layer": 1, "n_positions": 64}
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path)
+    Tokenizer.bytes().save(tmp_path)
+    params = [SamplingParams(max_tokens=50, temperature=2.0)]
+    sample = generate_from_checkpoint(tmp_path, "hello", params, device="cpu", dtype=torch.float32)[0]
+    assert max(sample.token_ids) < 257
 
 
 def test_generated_text_depends_on_the_seed_alone(checkpoint: Path) -> None:
