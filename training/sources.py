@@ -6,6 +6,7 @@ A source is read as a stream, so that a file larger than memory can be prepared.
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
 import re
 import shutil
@@ -144,7 +145,8 @@ def _download(url: str, sha256: str, target: Path) -> Path:
         if found != sha256:
             raise DataError(f"{url}: sha256 is {found}, not {sha256}; the content has changed or the digest is wrong")
         os.replace(partial, target)
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+    # HTTPException and ValueError: addresses that no request can be made of, and answers that break off.
+    except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise DataError(f"{url}: cannot be downloaded ({reason}); download it elsewhere and pass the file") from None
     finally:

@@ -159,6 +159,12 @@ def website(tmp_path: Path) -> Iterator[tuple[str, Path]]:
         thread.join()
 
 
+@pytest.mark.parametrize("url", ["http://127.0.0.1:port/x", "http://127.0.0.1/a b", "http://127.0.0.1/ä.txt"])
+def test_an_address_that_cannot_be_asked_is_named(url: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be downloaded"):
+        prepare(PrepareRequest((url,), tmp_path / "out", "bytes", digests=("0" * 64,)))
+
+
 def test_a_download_is_used_only_with_its_digest(website: tuple[str, Path], tmp_path: Path) -> None:
     url, folder = website
     content = make_text(50).encode()
