@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from model.sampling_params import MAX_LOGPROBS, MAX_SEED
 
@@ -16,7 +17,18 @@ MAX_LOGIT_BIAS = 1024
 MAX_CHOICES = 16
 MAX_DEADLINE_MS = 24 * 3600 * 1000
 
+
+def _plain_id(key: object) -> object:
+    """Keys of a JSON object are strings; pydantic would read 1.0 and 01 as ids too."""
+    if not isinstance(key, str):
+        return key
+    if not re.fullmatch("0|[1-9][0-9]{0,9}", key):
+        raise ValueError("a token id is written in digits alone")
+    return int(key)
+
+
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
+TokenIdKey = Annotated[TokenId, BeforeValidator(_plain_id)]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
@@ -41,7 +53,7 @@ class GenerateRequest(BaseModel):
     repetition_penalty: float = Field(1.0, gt=0, le=10, description="a number above 0 and up to 10")
     presence_penalty: float = Field(0.0, ge=-2, le=2, description="a number from -2 to 2")
     frequency_penalty: float = Field(0.0, ge=-2, le=2, description="a number from -2 to 2")
-    logit_bias: dict[TokenId, Bias] = Field(
+    logit_bias: dict[TokenIdKey, Bias] = Field(
         default={},
         max_length=MAX_LOGIT_BIAS,
         description=f"an object of up to {MAX_LOGIT_BIAS} token ids, each with a number from -100 to 100",

@@ -39,6 +39,7 @@ _LISTS = [
     _with(logit_bias={str(i): 0 for i in range(1025)}), _with(logit_bias={"9" * 5000: 1}),
     _with(logit_bias={"1": True}), _raw('"logit_bias": {"1": NaN}'),
     _raw('"logit_bias": {"1": 1e999}'), _with(logit_bias={"1.5": 1}),
+    *(_with(logit_bias={key: 1}) for key in ("1.0", " 1", "01", "+1", "1_0", "")),
 ]  # fmt: skip
 _PROMPTS = [
     b'{"prompt": null}', b'{"prompt": 5}', b'{"prompt": true}', b'{"prompt": []}', b'{"prompt": [257]}',
