@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from model.config import ModelConfig
+from model.errors import TokenizerError
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from training.build import DTYPES, make_model_config, resolve_device
@@ -19,6 +20,7 @@ from training.checkpoint import CheckpointManager, FoundState, has_state, load_t
 from training.config import TrainConfig
 from training.data import TokenLoader, TokenSplit, open_split
 from training.errors import DataError, RecipeError
+from training.generate import prompt_ids
 from training.metrics import MetricsLog
 from training.optim import build_optimizer
 from training.recipe import config_to_toml
@@ -77,15 +79,31 @@ def open_inputs(config: TrainConfig) -> Inputs:
     if (tokenizer.vocab_size, tokenizer.digest) != (manifest.vocab_size, manifest.tokenizer_digest):
         raise DataError(f"{folder / TOKENIZER_DIR}: not the tokenizer that the data was prepared with")
     settings = config.train
+    model_config = make_model_config(config, tokenizer)
+    _check_sample_prompt(config, tokenizer, model_config)
     train_split = open_split(folder, "train", verify=config.data.verify)
     return Inputs(
         device=resolve_device(settings.device),
         tokenizer=tokenizer,
-        model_config=make_model_config(config, tokenizer),
+        model_config=model_config,
         loader=TokenLoader(train_split, settings.seq_len, settings.batch_size, settings.seed),
         validation=open_split(folder, "val", verify=config.data.verify),
         data_digest=data_digest(manifest),
     )
+
+
+def _check_sample_prompt(config: TrainConfig, tokenizer: Tokenizer, model_config: ModelConfig) -> None:
+    """Told now, not at the first validation."""
+    if not config.run.sample_tokens:
+        return
+    try:
+        length = len(prompt_ids(tokenizer, config.run.sample_prompt))
+    except TokenizerError as error:
+        raise RecipeError(f"run.sample_prompt: {error}") from None
+    if length >= model_config.max_seq_len:
+        raise RecipeError(
+            f"run.sample_prompt has {length} tokens but must leave room in the context of {model_config.max_seq_len}"
+        )
 
 
 def make_trainer(config: TrainConfig, inputs: Inputs, console: Console) -> Trainer:

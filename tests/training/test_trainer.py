@@ -348,6 +348,8 @@ def test_impossible_recipes_name_what_is_wrong(make_config: ConfigMaker, monkeyp
         ({"model__hidden_size": None}, "model.hidden_size is not set"),
         ({"model__hidden_size": 17}, r"model.hidden_size \(17\) must be a multiple"),
         ({"model__num_heads": 0}, "model.num_heads is 0"),
+        ({"run__sample_tokens": 4, "run__sample_prompt": "a" * 99}, "run.sample_prompt has .* must leave room"),
+        ({"run__sample_tokens": 4, "run__sample_prompt": "\udcff"}, "run.sample_prompt: .*lone surrogate"),
     ]
     for changes, message in cases:
         given = {name: value for name, value in changes.items() if value is not None}
