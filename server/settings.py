@@ -66,7 +66,9 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="the weights' precision")
     quantization: Literal["none", "int8"] = Field("none", description="weight quantisation")
     attention_backend: str = Field("auto", description="attention kernels")
-    num_threads: int | None = Field(None, ge=1, le=1024, description="torch's threads; default: torch's own choice")
+    num_threads: int | None = Field(
+        None, ge=1, le=1024, description="threads on the CPU; default: by the model and the cores"
+    )
     max_num_seqs: int | None = Field(None, ge=1, le=16_384, description="sequences that run at once")
     max_num_batched_tokens: int | None = Field(None, ge=1, le=1 << 22, description="tokens in one step")
     kv_cache_memory: Size | None = Field(None, description="memory for the KV cache, such as 2GiB")

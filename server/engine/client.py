@@ -53,6 +53,7 @@ class EngineStream:
         self._error: EngineRequestError | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._ended = False
+        self.has_run = False
 
     def __aiter__(self) -> AsyncIterator[SequenceOutput]:
         return self
@@ -76,6 +77,7 @@ class EngineStream:
             self._end()
 
     def push(self, output: SequenceOutput) -> None:
+        self.has_run = True
         self._pending = output if self._pending is None else _merge(self._pending, output)
         self._ended = output.finish_reason is not None
         self._wake()
@@ -191,8 +193,12 @@ class AsyncEngine(asyncio.Protocol):
             raise QueueFullError(self._retry_after())
 
     def abort(self, request_id: int) -> None:
-        if self._streams.pop(request_id, None) is not None and self._state == "ready":
-            self._send(_encoder.encode(AbortRequests([request_id])))
+        stream = self._streams.pop(request_id, None)
+        if stream is None or self._state != "ready":
+            return
+        if stream.has_run:  # a stop string or a client that left: a seat is free as after any other end
+            self._finish_times.append(time.monotonic())
+        self._send(_encoder.encode(AbortRequests([request_id])))
 
     async def close(self) -> None:
         process = self._process

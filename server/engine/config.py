@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class EngineConfig:
     """`model_path` is a checkpoint folder. Sizes left at None are chosen for the model and device at hand.
 
-    `kv_cache_memory` is in bytes; `num_threads` is torch's intra-op thread count (None: torch's own choice);
+    `kv_cache_memory` is in bytes; `num_threads` is torch's intra-op thread count;
     `cuda_graphs` lets decode steps on CUDA replay captured graphs, at the price of some memory and start-up time.
     """
 

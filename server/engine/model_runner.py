@@ -20,7 +20,7 @@ from server.engine.cuda_graph import CUDAGraphRunner
 from server.engine.messages import TokenLogprobs
 from server.engine.scheduler import ScheduledBatch
 from server.engine.sequence import Sequence
-from server.engine.sizing import resolve_device, resolve_dtype, resolve_limits
+from server.engine.sizing import resolve_device, resolve_dtype, resolve_limits, resolve_threads
 from server.engine.step_inputs import InputBuilder, StepInputs
 
 
@@ -41,14 +41,13 @@ class ModelRunner:
     def __init__(self, config: EngineConfig) -> None:
         if config.quantization != "none":
             raise ConfigError(f"quantization {config.quantization!r} is not available yet; use none")
-        if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
         folder = Path(config.model_path)
         self.device = resolve_device(config.device)
         if self.device.type == "cuda" and self.device.index is not None:
             torch.cuda.set_device(self.device)  # kernels are launched on the current device
         self.dtype = resolve_dtype(config.dtype, self.device)
         self.model_config = load_config(folder)
+        torch.set_num_threads(resolve_threads(config.num_threads, self.model_config))
         self.backend = select_backend(
             config.attention_backend, self.model_config, self.device, self.dtype, config.block_size
         )

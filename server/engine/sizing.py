@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import platform
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from model.config import ModelConfig
+from model.config import ModelConfig, count_parameters
 from model.errors import ConfigError
 from server.engine.config import EngineConfig
 
@@ -15,8 +16,12 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 _GIB = 1024**3
 # Full contexts that the cache holds unless told otherwise, and the most memory that may take. A small model is to
 # stay small: nobody's card is claimed for traffic that was never announced.
-_CONTEXTS = {"cpu": 16, "cuda": 64}
-_MOST_MEMORY = {"cpu": 1 * _GIB, "cuda": 8 * _GIB}
+_CONTEXTS = 64
+_MOST_MEMORY = {"cpu": _GIB // 2, "cuda": 8 * _GIB}
+# Up to about this many parameters, a step is so short that a second thread gains a tenth at best, and costs several
+# times the step whenever something else runs on its core.
+_ONE_THREAD_PARAMETERS = 8_000_000
+_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 # Decoding on the CPU gains little beyond this many sequences; a step of this many prompt tokens takes about a tenth
 # of a second with a 124M model on two cores, which is what a decoding neighbour waits for it.
 _MAX_NUM_SEQS = {"cpu": 64, "cuda": 256}
@@ -62,6 +67,24 @@ def _cpu_computes_bfloat16() -> bool:
     return False
 
 
+def resolve_threads(requested: int | None, model: ModelConfig) -> int:
+    """Threads for the CPU's kernels: as asked, else by the model's size, the cores and the container's quota."""
+    if requested is not None:
+        return requested
+    if count_parameters(model) <= _ONE_THREAD_PARAMETERS:
+        return 1
+    return min(torch.get_num_threads(), _quota())
+
+
+def _quota() -> int:
+    """Whole cores that the control group may use; a thread beyond them would be stopped in the middle of steps."""
+    try:
+        quota, period = _CPU_QUOTA.read_text().split()
+        return max(1, int(quota) // int(period))
+    except (OSError, ValueError):
+        return torch.get_num_threads()  # no such file, or "max": no quota
+
+
 def resolve_limits(config: EngineConfig, model: ModelConfig, device: torch.device, block_bytes: int) -> EngineLimits:
     """Sizes for this model; `block_bytes` is what one block takes over all layers.
 
@@ -70,7 +93,7 @@ def resolve_limits(config: EngineConfig, model: ModelConfig, device: torch.devic
     kind = device.type
     needed = -(-model.max_seq_len // config.block_size)
     if config.kv_cache_memory is None:
-        wanted = _CONTEXTS[kind] * needed
+        wanted = _CONTEXTS * needed
         num_blocks = max(needed, min(wanted, _affordable_memory(device) // block_bytes))
     else:
         num_blocks = config.kv_cache_memory // block_bytes

@@ -132,6 +132,24 @@ def test_a_rate_from_idle_times_predicts_no_queue(llama_checkpoint: Path) -> Non
     run(llama_checkpoint, scenario)
 
 
+def test_requests_that_are_ended_from_outside_count_in_the_rate(llama_checkpoint: Path) -> None:
+    async def scenario(engine: AsyncEngine) -> None:
+        await engine.wait_ready()
+        assert engine.info is not None
+        endless = SamplingParams(max_tokens=150, ignore_eos=True)
+        streams = [engine.submit([1], endless) for _ in range(engine.info.max_num_seqs + 60)]
+        for stream in streams[:4]:  # as a stop string does
+            await anext(stream)
+            stream.abort()
+            await asyncio.sleep(0.1)
+        with pytest.raises(QueueFullError):
+            engine.submit([1], endless, time.monotonic() + 0.5)
+        for stream in streams:
+            stream.abort()
+
+    run(llama_checkpoint, scenario)
+
+
 @pytest.mark.parametrize(("number", "words"), [(signal.SIGSEGV, "by SIGSEGV"), (40, "by signal 40")])
 def test_any_manner_of_death_is_put_in_words(number: int, words: str) -> None:
     engine = AsyncEngine(EngineConfig("folder", "test"), 1)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from model.config import llama_config
 from model.errors import ConfigError
+from model.presets import PRESETS
 from server.engine import sizing
 from server.engine.config import EngineConfig
-from server.engine.sizing import EngineLimits, resolve_device, resolve_dtype, resolve_limits
+from server.engine.sizing import EngineLimits, resolve_device, resolve_dtype, resolve_limits, resolve_threads
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 MODEL = llama_config(2, 4, 2, 64, 96, vocab_size=50, max_seq_len=100)
@@ -85,14 +87,14 @@ def test_auto_on_a_card_is_a_sixteen_bit_type(
     assert resolve_dtype("auto", CUDA) == expected
 
 
-def test_a_small_model_gets_room_for_sixteen_contexts() -> None:
-    assert limits(block_bytes=1000) == EngineLimits(64, 512, 100, 16, 16 * 7)
-    assert limits(context=96).num_blocks == 16 * 6  # a context of whole blocks needs no block more
-    assert limits(replace(CONFIG, block_size=48)).num_blocks == 16 * 3
+def test_a_small_model_gets_room_for_sixty_four_contexts() -> None:
+    assert limits(block_bytes=1000) == EngineLimits(64, 512, 100, 16, 64 * 7)
+    assert limits(context=96).num_blocks == 64 * 6  # a context of whole blocks needs no block more
+    assert limits(replace(CONFIG, block_size=48)).num_blocks == 64 * 3
 
 
-def test_unasked_the_cache_stays_below_a_gibibyte_but_holds_one_context() -> None:
-    assert limits(block_bytes=10 * MIB).num_blocks == GIB // (10 * MIB)
+def test_unasked_the_cache_stays_below_half_a_gibibyte_but_holds_one_context() -> None:
+    assert limits(block_bytes=10 * MIB).num_blocks == GIB // 2 // (10 * MIB)
     assert limits(block_bytes=GIB).num_blocks == 7
 
 
@@ -103,6 +105,25 @@ def test_unasked_the_cache_takes_at_most_half_of_a_cards_free_memory(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 200 * GIB))
     assert limits(context=10_000, block_bytes=MIB, device=CUDA).num_blocks == expected // MIB
     assert limits(device=CUDA) == EngineLimits(256, 8192, 100, 16, 64 * 7)
+
+
+@pytest.mark.parametrize(
+    ("quota", "expected"), [(None, 6), ("max 100000", 6), ("250000 100000", 2), ("50000 100000", 1)]
+)
+def test_threads_follow_the_cores_and_the_quota(
+    quota: str | None, expected: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if quota is not None:
+        (tmp_path / "cpu.max").write_text(quota + "\n")
+    monkeypatch.setattr(sizing, "_CPU_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    assert resolve_threads(None, PRESETS["gpt2"]) == expected
+    assert resolve_threads(3, PRESETS["gpt2"]) == 3
+
+
+def test_a_small_model_runs_in_one_thread_unless_told() -> None:
+    assert resolve_threads(None, MODEL) == 1
+    assert resolve_threads(2, MODEL) == 2
 
 
 def test_stated_memory_is_filled_with_whole_blocks_and_never_exceeded() -> None:
