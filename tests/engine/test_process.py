@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
@@ -24,6 +25,7 @@ from server.engine.config import EngineConfig
 from server.engine.environment import engine_environment
 from server.engine.interface import EngineRequestError, EngineUnavailableError, QueueFullError
 from server.engine.llm_engine import LLMEngine
+from server.engine.messages import EngineInfo, EngineStats, SequenceOutput, StepOutput
 
 # A child imports torch before it answers, on machines that may be busy.
 PATIENCE = 60.0
@@ -132,22 +134,21 @@ def test_a_rate_from_idle_times_predicts_no_queue(llama_checkpoint: Path) -> Non
     run(llama_checkpoint, scenario)
 
 
-def test_requests_that_are_ended_from_outside_count_in_the_rate(llama_checkpoint: Path) -> None:
-    async def scenario(engine: AsyncEngine) -> None:
-        await engine.wait_ready()
-        assert engine.info is not None
-        endless = SamplingParams(max_tokens=150, ignore_eos=True)
-        streams = [engine.submit([1], endless) for _ in range(engine.info.max_num_seqs + 60)]
-        for stream in streams[:4]:  # as a stop string does
-            await anext(stream)
-            stream.abort()
-            await asyncio.sleep(0.1)
-        with pytest.raises(QueueFullError):
-            engine.submit([1], endless, time.monotonic() + 0.5)
-        for stream in streams:
-            stream.abort()
+def test_requests_that_are_ended_from_outside_count_in_the_rate() -> None:
+    def tell(message: EngineInfo | StepOutput) -> None:
+        engine.data_received(frame(msgspec.msgpack.encode(message)))
 
-    run(llama_checkpoint, scenario)
+    engine = AsyncEngine(EngineConfig("folder", "test"), 99)
+    tell(EngineInfo([], "cpu", "cpu", "float32", "torch", 16, 8, 2, 64, 64, "2", 0.0))
+    streams = [engine.submit([1], SamplingParams()) for _ in range(12)]
+    for stream in streams[:3]:  # as a stop string does
+        tell(StepOutput([SequenceOutput(stream.request_id, [1])], EngineStats()))
+        time.sleep(0.05)
+        stream.abort()
+    streams[-1].abort()  # it never ran, and frees no seat
+    engine.submit([1], SamplingParams(), time.monotonic() + 9)
+    with pytest.raises(QueueFullError):
+        engine.submit([1], SamplingParams(), time.monotonic() + 0.2)
 
 
 @pytest.mark.parametrize(("number", "words"), [(signal.SIGSEGV, "by SIGSEGV"), (40, "by signal 40")])
