@@ -59,7 +59,7 @@ class NativeBackend:
         if library is None:
             raise RuntimeError("the native kernels were not built")
         if ctypes.sizeof(_AttentionStep) != library.quill_step_size():
-            raise RuntimeError("the compiled CPU kernels are of another version; run make install")
+            raise ConfigError("the compiled CPU kernels are of another version; run make install")
         self._run = library.quill_paged_attention
 
     @staticmethod

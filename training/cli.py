@@ -32,6 +32,7 @@ DtypeOption = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(
 def prepare_command(
     input: Annotated[list[str], typer.Option("--input", help="text file, URL, or the short name tinyshakespeare")],
     out: Annotated[Path, typer.Option(help="data folder to write")],
+    more: Annotated[list[str] | None, typer.Argument(help="further inputs", metavar="INPUT")] = None,
     tokenizer: Annotated[str, typer.Option(help="gpt2, char, bytes, or a tokenizer.json or its folder")] = "gpt2",
     val_fraction: Annotated[float, typer.Option(help="share of the characters, from the end, for validation")] = 0.1,
     sha256: Annotated[list[str] | None, typer.Option(help="digest of each URL's content, in their order")] = None,
@@ -41,7 +42,7 @@ def prepare_command(
 ) -> None:
     """Turn text into token shards with a manifest, split into training and validation."""
     request = PrepareRequest(
-        inputs=tuple(input), out=out, tokenizer=tokenizer, val_fraction=val_fraction,
+        inputs=(*input, *(more or ())), out=out, tokenizer=tokenizer, val_fraction=val_fraction,
         digests=tuple(sha256 or ()), workers=workers, force=force,
     )  # fmt: skip
     with Progress(console=Console(stderr=True), disable=as_json or not sys.stderr.isatty()) as bar:

@@ -8,6 +8,8 @@ import os
 from functools import cache
 from pathlib import Path
 
+from model.errors import ConfigError
+
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 """Weakest first, by their numbers in kernels.c."""
 
@@ -16,7 +18,7 @@ INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 def load_kernels() -> ctypes.CDLL | None:
     """The library built from kernels.c, initialised with torch's own thread pool, or None if it was not built.
 
-    Raises RuntimeError if it was built from another version of the source.
+    Raises ConfigError if it was built from another version of the source.
     """
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = Path(__file__).with_name(f"_kernels{suffix}")
@@ -49,7 +51,7 @@ def _initialise(library: ctypes.CDLL) -> ctypes.CDLL:
         library.quill_paged_attention.argtypes = [ctypes.c_void_p]
         library.quill_paged_attention.restype = ctypes.c_int
     except AttributeError:
-        raise RuntimeError("the compiled CPU kernels are of another version; run make install") from None
+        raise ConfigError("the compiled CPU kernels are of another version; run make install") from None
     library.quill_init(_gomp_parallel(), len(INSTRUCTION_SETS) - 1)
     return library
 

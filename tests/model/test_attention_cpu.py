@@ -476,7 +476,7 @@ def test_is_chosen_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     stale = SimpleNamespace(quill_paged_attention=None, quill_step_size=lambda: 8)
     monkeypatch.setattr(attention_cpu, "load_kernels", lambda: stale)
-    with pytest.raises(RuntimeError, match="make install"):
+    with pytest.raises(ConfigError, match="make install"):
         NativeBackend()
 
 

@@ -58,6 +58,20 @@ def test_from_text_to_generated_text(
     assert run("generate", best, "--prompt", "ink", "--max-tokens", 5) == "ink" + generated["samples"][0]["text"] + "\n"
 
 
+@pytest.mark.parametrize("between", [[], ["--input"]])
+def test_several_inputs_follow_one_option_or_several(
+    between: list[str],
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = ["--out", tmp_path / "data", "--tokenizer", "bytes", "--json"]
+    _, out, _ = call(capsys, monkeypatch, "prepare", "--input", text_file, *between, text_file, *options)
+    prepared = json.loads(out)
+    assert prepared["train"]["bytes"] + prepared["val"]["bytes"] == 2 * text_file.stat().st_size
+
+
 def test_sigterm_ends_training_with_status_0(
     make_config: ConfigMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
