@@ -25,11 +25,11 @@ from torch import Tensor
 from model.atomic_folder import replace_folder
 from model.checkpoint import Provenance, save_model
 from model.hf_config import CONFIG_FILE
+from model.manifest import file_sha256
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from training.errors import ResumeError
 from training.optim import load_optimizer_tensors, optimizer_tensors
-from training.sources import file_sha256
 
 STATE_FILE = "state.json"
 TENSORS_FILE = "training.safetensors"

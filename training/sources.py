@@ -5,7 +5,6 @@ A source is read as a stream, so that a file larger than memory can be prepared.
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import os
 import re
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlparse
 
+from model.manifest import file_sha256
 from training.errors import DataError, RecipeError
 
 # Short names for `--input`: (URL, sha256).
@@ -116,11 +116,6 @@ def _last_cut(text: str, start: int) -> int:
     """End of the last safe cut at or after `start`; 0 where there is none."""
     ends = [match.end() for match in _SAFE_CUT.finditer(text, start)]
     return ends[-1] if ends else 0
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _local(item: str) -> Input:
