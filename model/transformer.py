@@ -78,7 +78,10 @@ class Transformer(nn.Module):
             x = x + self.embed_positions(positions)
         if self.config.dropout:
             x = F.dropout(x, self.config.dropout, self.training)
-        rotary = None if self.rotary is None else self.rotary(positions)
+        rotary = None
+        if self.rotary is not None:
+            cos, sin = self.rotary(positions)
+            rotary = cos.to(x.dtype), sin.to(x.dtype)  # once, not in every layer
         for layer in self.layers:
             x = layer(x, rotary, paged)
         return x if self.final_norm is None else self.final_norm(x)
