@@ -22,7 +22,7 @@ from server.engine.messages import (
     StepOutput,
     TokenLogprobs,
 )
-from server.engine.model_runner import ModelRunner, RunOutput
+from server.engine.model_runner import ModelRunner
 from server.engine.scheduler import ScheduledBatch, Scheduler
 from server.engine.sequence import InvalidSequenceError, Sequence
 
@@ -103,14 +103,10 @@ class LLMEngine:
         except (torch.OutOfMemoryError, MemoryError):
             logger.exception("a step of %d tokens ran out of memory; its requests are ended", batch.num_tokens)
             return self._give_up(batch)
-        samples = iter(range(len(result.token_ids)))
-        row_of = {
-            seq.request_id: next(samples)
-            for seq, wanted in zip(batch.sequences, batch.needs_sample, strict=True)
-            if wanted
-        }
+        sampled = (seq.request_id for seq, wanted in zip(batch.sequences, batch.needs_sample, strict=True) if wanted)
+        logprobs = dict(zip(sampled, result.logprobs, strict=True))
         return [
-            _output(seq, tokens, finished, _row_logprobs(result, row_of, seq))
+            _output(seq, tokens, finished, logprobs.get(seq.request_id))
             for seq, tokens, finished in self.scheduler.update(batch, list(result.token_ids))
         ]
 
@@ -122,8 +118,8 @@ class LLMEngine:
 
     def _describe(self, load_seconds: float) -> EngineInfo:
         runner, limits, folder = self.runner, self.runner.limits, Path(self.config.model_path)
-        digest = weights_digest(folder)
         manifest = read_manifest(folder)
+        digest = weights_digest(folder) if manifest is None else manifest.weights
         model = ModelInfo(
             name=self.config.model_name,
             config=dataclasses.asdict(runner.model_config),
@@ -145,11 +141,6 @@ class LLMEngine:
             torch_version=str(torch.__version__),
             load_seconds=load_seconds,
         )
-
-
-def _row_logprobs(result: RunOutput, row_of: dict[int, int], seq: Sequence) -> list[TokenLogprobs] | None:
-    row = row_of.get(seq.request_id)
-    return None if row is None else result.logprobs[row]
 
 
 def _output(
