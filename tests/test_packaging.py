@@ -30,7 +30,7 @@ def pins() -> dict[str, str]:
 def requirements() -> list[Requirement]:
     extras = chain.from_iterable(PROJECT["project"]["optional-dependencies"].values())
     lines = [*PROJECT["project"]["dependencies"], *PROJECT["build-system"]["requires"], *extras]
-    return [Requirement(line) for line in lines]
+    return [requirement for line in lines if (requirement := Requirement(line)).name != PROJECT["project"]["name"]]
 
 
 @pytest.mark.parametrize("requirement", requirements(), ids=str)
@@ -43,12 +43,14 @@ PACKAGE_OF = {"yaml": "pyyaml", "triton": "torch"}
 
 
 @pytest.mark.parametrize(
-    ("folders", "extras"), [(("model", "server", "training"), False), (("tests",), True)], ids=["packages", "tests"]
-)
-def test_what_is_imported_is_declared(folders: tuple[str, ...], extras: bool) -> None:
+    ("folders", "development"), [(("model", "server", "training"), False), (("tests",), True)],
+    ids=["packages", "tests"],
+)  # fmt: skip
+def test_what_is_imported_is_declared(folders: tuple[str, ...], development: bool) -> None:
+    extras = PROJECT["project"]["optional-dependencies"]
     lines = [
         *PROJECT["project"]["dependencies"],
-        *(PROJECT["project"]["optional-dependencies"]["dev"] if extras else []),
+        *(line for name, group in extras.items() for line in group if development or name != "dev"),
     ]
     declared = {canonicalize_name(Requirement(line).name) for line in lines}
     own = {"model", "server", "training", "tests", "benchmarks", *sys.stdlib_module_names}

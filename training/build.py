@@ -34,8 +34,10 @@ def resolve_device(name: str) -> torch.device:
 def make_model_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
     """The model section with the tokenizer's vocabulary and special tokens. Raises RecipeError or ConfigError."""
     values = {key: value for key, value in dataclasses.asdict(config.model).items() if value is not None}
-    values |= {"vocab_size": tokenizer.vocab_size}
+    multiple = values.pop("vocab_multiple")
+    values |= {"vocab_size": -(-tokenizer.vocab_size // multiple) * multiple}
     values |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    values.pop("init_from", None)
     preset, architecture = values.pop("preset", None), values.pop("architecture", None)
     if preset is not None:
         model_config = create_config(preset, **values)
