@@ -2,46 +2,84 @@
 
 The new content is written beside the target, flushed to disk and exchanged with the target in one step where the
 system can (Linux: renameat2), so that a reader, or a process that starts after a crash, finds the old folder or the
-new one and never a mixture.
+new one and never a mixture. Elsewhere the target is renamed away first; between the two renames it is missing, and
+`clear_leftovers` or the next `replace_folder` puts it back.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from model.errors import CheckpointError
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_PARTIAL, _PREVIOUS = ".partial", ".previous"
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None], *, marker: str) -> None:
     """Create `folder` with what `write(temporary folder)` puts there, replacing an older one.
 
     An existing folder is replaced only if it is empty or holds the file `marker`. One writer per folder: what an
-    interrupted one left is removed. Raises CheckpointError if the folder may not be replaced or the disk refuses.
+    interrupted one left is removed. Raises CheckpointError if the folder may not be replaced or the disk refuses;
+    whatever `write` raises, an older folder stays as it was and nothing is left beside it.
     """
     folder = folder.resolve()  # of a link, replace what it points to
-    _check_replaceable(folder, marker)
-    partial, previous = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "previous"))
+    partial, previous = _beside(folder, _PARTIAL), _beside(folder, _PREVIOUS)
+    made: list[Path] = []
     try:
-        if previous.exists() and not folder.exists():
-            previous.rename(folder)  # the last writer ended between two renames
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        _check_replaceable(folder, marker)
+        _settle(folder, previous)
+        _make_parents(folder.parent, made)
         _remove(partial)
-        _remove(previous)
         partial.mkdir()
         write(partial)
         _sync_tree(partial)
         _put_in_place(partial, folder, previous)
-    except OSError as problem:
-        raise CheckpointError(f"{folder} cannot be written: {problem.strerror or problem}") from problem
+        made.clear()
+    except (OSError, SafetensorError) as problem:  # safetensors tells of a full disk by an error of its own
+        reason = getattr(problem, "strerror", None) or problem
+        raise CheckpointError(f"{folder} cannot be written: {reason}") from problem
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # after an exchange this is the old folder
+        _remove_empty(made)
+
+
+def clear_leftovers(parent: Path) -> None:
+    """Undo in `parent` what writers that were killed left: half-written folders go, one moved aside comes back.
+
+    For the only writer of `parent`, before it writes. Raises CheckpointError when the disk refuses.
+    """
+    try:
+        for path in sorted(parent.iterdir()) if parent.is_dir() else ():
+            if path.name.startswith(".") and path.is_dir():
+                if path.name.endswith(_PREVIOUS):
+                    _settle(parent / path.name[1 : -len(_PREVIOUS)], path)
+                elif path.name.endswith(_PARTIAL):
+                    _remove(path)
+    except OSError as problem:
+        raise CheckpointError(f"{parent} cannot be cleared: {problem.strerror or problem}") from problem
+
+
+def _beside(folder: Path, kind: str) -> Path:
+    return folder.with_name(f".{folder.name}{kind}")
+
+
+def _settle(folder: Path, previous: Path) -> None:
+    """Where the last writer ended between two renames, give the folder back; where after them, drop the old one."""
+    if previous.exists():
+        if folder.exists():
+            _remove(previous)
+        else:
+            previous.rename(folder)
+            _sync(folder.parent)
 
 
 def _check_replaceable(folder: Path, marker: str) -> None:
@@ -57,7 +95,12 @@ def _put_in_place(partial: Path, folder: Path, previous: Path) -> None:
         partial.rename(folder)
     elif not _exchange(partial, folder):
         folder.rename(previous)
-        partial.rename(folder)
+        try:
+            partial.rename(folder)
+        except OSError:
+            previous.rename(folder)
+            raise
+        _sync(folder.parent)
         _remove(previous)
     _sync(folder.parent)
 
@@ -72,6 +115,15 @@ def _exchange(first: Path, second: Path) -> bool:
     return bool(result == 0)
 
 
+def _make_parents(folder: Path, made: list[Path]) -> None:
+    """Create a folder and those above it, flushed to disk; `made` gets the new ones, outermost first."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        made.append(path)
+        _sync(path.parent)
+
+
 def _sync_tree(folder: Path) -> None:
     for path in folder.rglob("*"):
         _sync(path)
@@ -82,6 +134,10 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as problem:
+        # Some network and FUSE file systems have no fsync of a folder; of a file every one has.
+        if problem.errno != errno.EINVAL or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 
@@ -89,3 +145,11 @@ def _sync(path: Path) -> None:
 def _remove(folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for path in reversed(folders):
+        try:
+            path.rmdir()
+        except OSError:
+            return  # another writer has put something there
