@@ -1,71 +1,175 @@
-"""AdamW with decay groups, and its state as named tensors so that it can be kept in safetensors."""
+"""The optimisers of a recipe, and their state as named tensors so that it can be kept in safetensors.
+
+AdamW for everything, or Muon for the matrices of the layers and AdamW for the rest. The trainer steps all of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from model.attention import Attention
+from model.layers import GatedMLP
 from training.config import TrainSection
 from training.errors import ResumeError
+from training.muon import Muon
 
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+Group = dict[str, object]
 
 
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+def build_optimizers(model: nn.Module, config: TrainSection) -> list[torch.optim.Optimizer]:
+    """AdamW alone, or Muon and AdamW. Build them after FSDP has sharded the model, which replaces its parameters.
+
+    Under torchrun the ranks share Muon's work; its products are float32 in a float32 run, otherwise bfloat16.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if config.optimizer == "adamw":
+        return [_build_adamw(parameters, config)]
+    muon_groups = _muon_groups(model, config)
+    hidden = {p for group in muon_groups for p in group["params"]}  # type: ignore[attr-defined]
+    parallel = dist.is_initialized() and dist.get_world_size() > 1
+    muon = Muon(
+        muon_groups,
+        lr=config.muon_lr,
+        momentum=config.muon_momentum,
+        weight_decay=config.weight_decay,
+        dtype=torch.float32 if config.dtype == "float32" else torch.bfloat16,
+        process_group=dist.group.WORLD if parallel else None,
+    )
+    return [muon, _build_adamw([p for p in parameters if p not in hidden], config)]
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[Group]:
     """Matrices (embeddings included) decay; norms and biases, which are vectors, do not."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return _split_by_decay([p for p in model.parameters() if p.requires_grad], weight_decay)
+
+
+def _split_by_decay(parameters: Sequence[Tensor], weight_decay: float) -> list[Group]:
     return [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
 
 
-def build_optimizer(model: nn.Module, config: TrainSection) -> torch.optim.AdamW:
+def _build_adamw(parameters: Sequence[Tensor], config: TrainSection) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019), one fused kernel a step where the device has it."""
-    device = next(model.parameters()).device.type
-    groups = [group for group in decay_groups(model, config.weight_decay) if group["params"]]
+    groups = [group for group in _split_by_decay(parameters, config.weight_decay) if group["params"]]
     return torch.optim.AdamW(
-        groups,
+        [group | {"peak_lr": config.lr} for group in groups],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
-        fused=device in ("cpu", "cuda"),
+        fused=parameters[0].device.type in ("cpu", "cuda"),
     )
+
+
+def _muon_groups(model: nn.Module, config: TrainSection) -> list[Group]:
+    """The layers' matrices, grouped by the row counts of the matrices they fuse."""
+    splits = _fused_rows(model)
+    groups: dict[tuple[int, ...], list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if name.startswith("layers.") and parameter.dim() == 2 and parameter.requires_grad:
+            groups.setdefault(splits.get(parameter, ()), []).append(parameter)
+    return [{"params": members, "split": split, "peak_lr": config.muon_lr} for split, members in groups.items()]
+
+
+def _fused_rows(model: nn.Module) -> dict[Tensor, tuple[int, ...]]:
+    """Row counts of q, k, v and of gate, up: one product each, but matrices of their own to Muon."""
+    rows: dict[Tensor, tuple[int, ...]] = {}
+    for module in model.modules():
+        if isinstance(module, Attention):
+            rows[module.qkv_proj.weight] = tuple(module.sizes)
+        elif isinstance(module, GatedMLP):
+            weight = module.gate_up_proj.weight
+            rows[weight] = (weight.shape[0] // 2,) * 2
+    return rows
+
+
+def set_learning_rates(optimizers: Iterable[torch.optim.Optimizer], factor: float) -> None:
+    """Every group's rate becomes `factor` times its peak."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+
+
+def optimizer_tensors(
+    optimizers: Sequence[torch.optim.Optimizer] | torch.optim.Optimizer, model: nn.Module
+) -> dict[str, Tensor]:
+    """The optimisers' state as `{parameter name}.{moment}`; empty before the first step.
+
+    AdamW's moments are exp_avg, exp_avg_sq and step, Muon's is momentum_buffer; under FSDP they are DTensors.
+    """
+    tensors: dict[str, Tensor] = {}
+    for optimizer in _as_list(optimizers):
+        for name, parameter in _named_parameters(optimizer, model):
+            for moment, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"{name}.{moment}"] = value
+    return tensors
+
+
+def load_optimizer_tensors(
+    optimizers: Sequence[torch.optim.Optimizer] | torch.optim.Optimizer,
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """The inverse of `optimizer_tensors`, from whole tensors on the CPU.
+
+    Raises ResumeError when a moment is missing, misshapen or of no parameter; nothing is changed then.
+    """
+    if not tensors:
+        return  # saved before the first step
+    wanted = {
+        (optimizer, parameter): {moment: f"{name}.{moment}" for moment in _moments(optimizer)}
+        for optimizer in _as_list(optimizers)
+        for name, parameter in _named_parameters(optimizer, model)
+    }
+    for (_, parameter), names in wanted.items():
+        for moment, name in names.items():
+            expected = torch.Size(()) if moment == "step" else parameter.shape
+            if name not in tensors or tensors[name].shape != expected:
+                raise ResumeError(f"the saved state lacks {name} in this model's shape; start a new run.dir")
+    unknown = tensors.keys() - {name for names in wanted.values() for name in names.values()}
+    if unknown:
+        raise ResumeError(f"the saved state's {min(unknown)} belongs to another optimizer; start a new run.dir")
+    for (optimizer, parameter), names in wanted.items():
+        optimizer.state[parameter] = {
+            moment: _place(tensors[name], moment, parameter) for moment, name in names.items()
+        }
+
+
+def _place(value: Tensor, moment: str, parameter: Tensor) -> Tensor:
+    """A copy of a saved moment where the optimiser keeps it, under FSDP this rank's share."""
+    if moment == "step":
+        # The fused kernel reads the step count where the parameter lives; the others keep it on the CPU.
+        return value.to(parameter.device if parameter.is_cuda else "cpu", torch.float32, copy=True)
+    value = value.to(parameter.device, torch.float32, copy=True)
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return value
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    return ("momentum_buffer",) if isinstance(optimizer, Muon) else ("exp_avg", "exp_avg_sq", "step")
+
+
+def _named_parameters(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[tuple[str, Tensor]]:
+    mine = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter in mine]
+
+
+def _as_list(optimizers: Sequence[torch.optim.Optimizer] | torch.optim.Optimizer) -> Sequence[torch.optim.Optimizer]:
+    return [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else optimizers
+
+
+def build_optimizer(model: nn.Module, config: TrainSection) -> torch.optim.AdamW:
+    """`build_optimizers` for AdamW alone."""
+    return _build_adamw([p for p in model.parameters() if p.requires_grad], config)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The optimiser's state as `{parameter name}.{moment}`; empty before the first step."""
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        for moment, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}.{moment}"] = value
-    return tensors
-
-
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`. Raises ResumeError when a moment is missing or misshapen."""
-    if not tensors:
-        return  # saved before the first step
-    for name, parameter in model.named_parameters():
-        state = {moment: tensors.get(f"{name}.{moment}") for moment in _MOMENTS}
-        for moment, value in state.items():
-            expected = torch.Size(()) if moment == "step" else parameter.shape
-            if value is None or value.shape != expected:
-                raise ResumeError(f"the saved state lacks {name}.{moment} in this model's shape; start a new run.dir")
-        optimizer.state[parameter] = {
-            moment: value.to(device=_home(moment, parameter), dtype=torch.float32, copy=True)
-            for moment, value in state.items()
-            if value is not None
-        }
-
-
-def _home(moment: str, parameter: Tensor) -> torch.device:
-    # The fused kernel reads the step count where the parameter lives; the others keep it on the CPU.
-    return parameter.device if moment != "step" or parameter.is_cuda else torch.device("cpu")
