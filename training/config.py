@@ -1,110 +1,155 @@
 """TrainConfig: one frozen tree of dataclasses that a TOML recipe and dotted overrides fill in.
 
-    config = load_config(Path("training/configs/shakespeare.toml"), ["train.lr=3e-4", "run.dir=runs/a"])
+    config = load_config("shakespeare", ["train.lr=3e-4", "run.dir=runs/a"])
 
-Every field's help text stands beside it and is what `python -m training train --help` prints. Free of torch.
+Every field's help and bounds stand beside it: `python -m training train --help` prints them, `python -m training
+recipe NAME` writes them into a file. Free of torch.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from training.errors import RecipeError
 
+Bounds = tuple[float, float]
 
-def _option(default: Any, help_text: str) -> Any:
-    return field(default=default, metadata={"help": help_text})
+_MANY = 10**12
+_NEARLY_ONE = 1.0 - 1e-9
+_COUNT = (0, _MANY)
+_POSITIVE = (1, _MANY)
+_BELOW_ONE = (0.0, _NEARLY_ONE)
+
+
+def _option(default: Any, help_text: str, between: Bounds | None = None) -> Any:
+    return field(default=default, metadata={"help": help_text, "between": between})
 
 
 @dataclass(frozen=True, slots=True)
 class DataConfig:
-    """Where the prepared tokens are."""
+    """Where the prepared tokens are, and how sequences are cut from them."""
 
     dir: str = _option("", "folder written by `python -m training prepare`, or one of nanoGPT's or llm.c's .bin files")
     tokenizer: str = _option("gpt2", "tokenizer of raw .bin files: gpt2, bytes, or a tokenizer.json or its folder")
-    loader: Literal["packed", "sliding"] = _option("packed", "packed: windows side by side; sliding: they overlap")
-    stride: int = _option(0, "tokens between the starts of sliding windows; 0 = half a window")
-    verify: bool = _option(True, "check every shard's sha256 and token ids before the first step")
+    loader: Literal["packed", "sliding"] = _option(
+        "packed", "packed: sequences lie side by side; sliding: each starts data.stride tokens after the last"
+    )
+    stride: int = _option(
+        0, "tokens between the starts of sliding sequences, at most train.seq_len; 0 = half of it", _COUNT
+    )
+    verify: bool = _option(True, "compare every shard's sha256 and token ids before the first step")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSection:
-    """The model: a preset, fields that replace the preset's, or an architecture with every size given.
+    """A folder to start from, a preset whose fields may be replaced, or an architecture with every size.
 
-    The vocabulary is the tokenizer's.
+    The vocabulary is the tokenizer's. Sizes have no bounds here: model.config.ModelConfig checks them.
     """
 
-    init_from: str | None = _option(None, "Hugging Face folder whose weights training starts from; it gives the sizes")
-    preset: str | None = _option(None, "name of a preset in model.presets")
+    init_from: str | None = _option(
+        None, "Hugging Face folder whose weights training starts from; sizes and dropout are then the folder's"
+    )
+    preset: str | None = _option(None, "a shape by name, such as gpt2, gpt2-medium, llama-tiny or shakespeare-char")
     architecture: Literal["gpt2", "openai-gpt", "llama", "mistral", "qwen2", "qwen3"] | None = _option(
-        None, "family, when no preset is named"
+        None, "family, where no preset is named; decides the class that loads the checkpoints"
     )
     num_layers: int | None = _option(None, "transformer blocks")
     num_heads: int | None = _option(None, "query heads")
-    num_kv_heads: int | None = _option(None, "key and value heads; num_heads must be a multiple of it")
-    hidden_size: int | None = _option(None, "width of the residual stream")
-    intermediate_size: int | None = _option(None, "inner width of the MLP")
-    max_seq_len: int | None = _option(None, "context length in tokens")
-    rope_theta: float | None = _option(None, "base of the rotary frequencies")
+    num_kv_heads: int | None = _option(None, "key and value heads, a divisor of num_heads; not set = num_heads")
+    hidden_size: int | None = _option(None, "width of the residual stream, a multiple of num_heads")
+    intermediate_size: int | None = _option(
+        None, "inner width of the MLP; not set = 4 times hidden_size, 8/3 times where the MLP is gated"
+    )
+    max_seq_len: int | None = _option(None, "context: the most tokens the model can attend to")
+    rope_theta: float | None = _option(None, "base of the rotary frequencies; not set = 10000")
     activation: Literal["gelu_tanh", "gelu", "relu", "silu"] | None = _option(None, "the MLP's non-linearity")
-    bias: bool | None = _option(None, "biases of products and layer norms")
-    sliding_window: int | None = _option(None, "tokens that attention looks back; not set = all")
-    dropout: float | None = _option(None, "dropout probability in training")
-    tie_word_embeddings: bool | None = _option(None, "share the embedding and the output head")
-    vocab_multiple: int = _option(1, "round the vocabulary up to a multiple; 128 makes GPT-2's 50,304")
+    bias: bool | None = _option(None, "biases of the products and layer norms, where the family has them")
+    sliding_window: int | None = _option(
+        None, "tokens that attention looks back, itself included (mistral, qwen); not set = all"
+    )
+    dropout: float | None = _option(None, "probability that a value is dropped in training")
+    tie_word_embeddings: bool | None = _option(None, "use the embedding as the output head too")
+    vocab_multiple: int = _option(
+        1, "round the vocabulary up to a multiple for speed; 128 makes GPT-2's 50,304. Checkpoints leave the rest out",
+        (1, 1 << 16),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class TrainSection:
-    """The optimisation. Steps are optimiser steps; a step consumes batch_size * seq_len * grad_accum_steps tokens."""
+    """The optimisation. A step is an optimiser step: batch_size * seq_len * grad_accum_steps tokens on each rank."""
 
-    max_steps: int = _option(1_000, "optimiser steps in all")
-    batch_size: int = _option(16, "sequences per rank and micro-step")
-    seq_len: int = _option(256, "tokens per sequence")
-    grad_accum_steps: int = _option(1, "micro-steps whose gradients make one step")
-    optimizer: Literal["adamw", "muon"] = _option("adamw", "muon: matrices by Muon, the rest by AdamW")
-    lr: float = _option(1e-3, "peak learning rate of AdamW")
-    muon_lr: float = _option(0.02, "peak learning rate of Muon")
-    muon_momentum: float = _option(0.95, "Muon's momentum")
-    schedule: Literal["cosine", "wsd", "linear", "constant"] = _option("cosine", "course of the rate after warm-up")
-    min_lr_ratio: float = _option(0.1, "last learning rate as a fraction of the peak")
-    warmup_steps: int = _option(100, "steps of linear warm-up")
-    decay_fraction: float = _option(0.2, "share of the steps in which wsd decays")
-    weight_decay: float = _option(0.1, "decay of matrices (vectors are not decayed)")
-    beta1: float = _option(0.9, "AdamW's first moment decay")
-    beta2: float = _option(0.95, "AdamW's second moment decay")
-    eps: float = _option(1e-8, "AdamW's denominator floor")
-    grad_clip: float = _option(1.0, "largest gradient norm; 0 = no clipping")
-    label_smoothing: float = _option(0.0, "probability spread over all tokens in the training loss")
-    z_loss: float = _option(0.0, "weight of the squared log-normaliser in the training loss")
-    max_skipped_steps: int = _option(5, "steps in a row with a loss or gradient that is no number before the run ends")
-    seed: int = _option(1337, "seed of initialisation, data order and dropout")
-    dtype: Literal["float32", "bfloat16", "float16"] = _option("bfloat16", "autocast type; weights stay float32")
-    tf32: bool = _option(True, "on CUDA, float32 products in TF32")
+    max_steps: int = _option(1_000, "optimiser steps of the whole run; the schedule ends there", _POSITIVE)
+    batch_size: int = _option(16, "sequences per rank and micro-step: more need more memory", _POSITIVE)
+    seq_len: int = _option(256, "tokens per sequence, at most the model's context", _POSITIVE)
+    grad_accum_steps: int = _option(1, "micro-steps per rank whose gradients make one step", _POSITIVE)
+    optimizer: Literal["adamw", "muon"] = _option(
+        "adamw", "adamw for all weights; muon for the layers' matrices and adamw for the rest"
+    )
+    lr: float = _option(1e-3, "peak learning rate of AdamW", (0.0, 1e3))
+    muon_lr: float = _option(0.02, "peak learning rate of Muon", (0.0, 1e3))
+    muon_momentum: float = _option(0.95, "Muon's momentum", _BELOW_ONE)
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = _option(
+        "cosine", "course of the learning rates after warm-up; wsd holds the peak, then decays"
+    )
+    min_lr_ratio: float = _option(0.1, "last learning rate as a fraction of the peak", (0.0, 1.0))
+    warmup_steps: int = _option(
+        100, "steps in which the learning rates rise to their peak; a shorter run ends before it", _COUNT
+    )
+    decay_fraction: float = _option(0.2, "share of max_steps in which wsd decays", (0.0, 1.0))
+    weight_decay: float = _option(
+        0.1, "decay of matrices per step, times the learning rate; vectors have none", (0.0, 1e3)
+    )
+    beta1: float = _option(0.9, "AdamW's decay of the mean gradient", _BELOW_ONE)
+    beta2: float = _option(0.95, "AdamW's decay of the mean squared gradient", _BELOW_ONE)
+    eps: float = _option(1e-8, "AdamW's floor of the denominator", (0.0, 1.0))
+    grad_clip: float = _option(1.0, "largest norm of the gradient, longer ones are scaled down; 0 = off", (0.0, 1e9))
+    label_smoothing: float = _option(
+        0.0, "probability spread over the whole vocabulary in the training loss", _BELOW_ONE
+    )
+    z_loss: float = _option(0.0, "weight of the squared log-normaliser in the training loss", (0.0, 1.0))
+    max_skipped_steps: int = _option(
+        5, "steps in a row that are skipped because the loss or gradient is not finite, before the run ends", _COUNT
+    )
+    seed: int = _option(1337, "seed of the first weights, the order of the data and dropout", (0, 2**63 - 1))
+    dtype: Literal["float32", "bfloat16", "float16"] = _option(
+        "bfloat16", "type of products (autocast); weights stay float32, float16 scales the loss"
+    )
+    tf32: bool = _option(True, "on CUDA, compute float32 products in TF32: faster, 10 bits of mantissa")
     compile: bool | None = _option(None, "run the model through torch.compile; not set = on CUDA only")
-    activation_checkpointing: bool = _option(False, "keep no activations inside layers: less memory, more time")
-    parallel: Literal["ddp", "fsdp"] = _option("ddp", "under torchrun: whole weights on each rank, or a share")
-    device: str = _option("auto", "auto, cpu, cuda or cuda:N")
-    log_interval: int = _option(10, "steps between lines of training loss")
-    eval_interval: int = _option(250, "steps between validations")
-    eval_tokens: int = _option(1 << 20, "validation tokens read at most; 0 = the whole split")
-    early_stopping: int = _option(0, "end after so many validations in a row without a new best; 0 = never")
-    save_interval: int = _option(250, "steps between checkpoints")
+    activation_checkpointing: bool = _option(
+        False, "keep no activations inside layers: less memory, one more forward pass"
+    )
+    parallel: Literal["ddp", "fsdp"] = _option("ddp", "under torchrun, ddp: whole weights on every rank; fsdp: a share")
+    device: str = _option("auto", "auto, cpu, cuda or cuda:N; auto = CUDA where there is one")
+    log_interval: int = _option(10, "steps between lines of the training loss", _POSITIVE)
+    eval_interval: int = _option(250, "steps between validations", _POSITIVE)
+    eval_tokens: int = _option(1 << 20, "validation tokens read at most; 0 = the whole split", _COUNT)
+    early_stopping: int = _option(0, "validations in a row without a new best that end the run; 0 = off", _COUNT)
+    save_interval: int = _option(250, "steps between checkpoints, which a killed run goes on from", _POSITIVE)
 
 
 @dataclass(frozen=True, slots=True)
 class RunConfig:
     """What is written, and where."""
 
-    dir: str = _option("", "run folder")
-    save_dtype: Literal["float32", "bfloat16", "float16"] = _option("float32", "type of the saved checkpoints")
-    keep: int = _option(2, "newest checkpoints/step-N folders kept; 0 = only last and best")
-    async_save: bool = _option(True, "write checkpoints beside the next steps")
+    dir: str = _option("", "run folder: checkpoints, metrics, report and what a continued run needs")
+    save_dtype: Literal["float32", "bfloat16", "float16"] = _option(
+        "float32", "type of the weights in checkpoints; 16 bits halve them. Continuing a run is exact all the same"
+    )
+    keep: int = _option(2, "newest checkpoints/step-N folders kept; 0 = only last and best", _COUNT)
+    async_save: bool = _option(True, "write checkpoints while the next steps run")
     tensorboard: bool = _option(False, "also log for TensorBoard, in run.dir/tensorboard (extra `tensorboard`)")
-    wandb: str = _option("", "also log to this project of Weights & Biases (extra `wandb`)")
-    sample_prompt: str = _option("\n", "prompt of the sample shown at validation")
-    sample_tokens: int = _option(0, "tokens of the sample shown at validation; 0 = no sample")
+    wandb: str = _option("", "also log to this project of Weights & Biases (extra `wandb`); empty = off")
+    sample_prompt: str = _option("\n", "prompt of the sample shown at each validation")
+    sample_tokens: int = _option(0, "tokens of that sample; 0 = no sample", _COUNT)
+
+
+SECTIONS: dict[str, type] = {"data": DataConfig, "model": ModelSection, "train": TrainSection, "run": RunConfig}
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,14 +166,10 @@ class TrainConfig:
             raise RecipeError("data.dir is not set: name the folder that `python -m training prepare` wrote")
         if not self.run.dir:
             raise RecipeError("run.dir is not set: name the folder that the run shall be written to")
-        for key, (low, high) in _BOUNDS.items():
-            section, _, name = key.partition(".")
-            value = getattr(getattr(self, section), name)
+        for key, value, (low, high) in _bounded_values(self):
             if not low <= value <= high:
                 raise RecipeError(f"{key} is {value} but must lie between {low} and {high}")
-        longest = self.model.max_seq_len
-        if longest is not None and self.train.seq_len > longest:
-            raise RecipeError(f"train.seq_len is {self.train.seq_len} but model.max_seq_len is only {longest}")
+        _check_lengths(self)
 
     @property
     def tokens_per_step(self) -> int:
@@ -136,17 +177,23 @@ class TrainConfig:
         return self.train.batch_size * self.train.seq_len * self.train.grad_accum_steps
 
 
-_MANY = 10**12
-_NEARLY_ONE = 1.0 - 1e-9
-_BOUNDS: dict[str, tuple[float, float]] = {
-    "data.stride": (0, _MANY), "model.vocab_multiple": (1, 1 << 16),
-    "train.max_steps": (1, _MANY), "train.batch_size": (1, _MANY), "train.seq_len": (1, _MANY),
-    "train.grad_accum_steps": (1, _MANY), "train.lr": (0.0, 1e3), "train.muon_lr": (0.0, 1e3),
-    "train.muon_momentum": (0.0, _NEARLY_ONE), "train.min_lr_ratio": (0.0, 1.0), "train.warmup_steps": (0, _MANY),
-    "train.decay_fraction": (0.0, 1.0), "train.weight_decay": (0.0, 1e3), "train.beta1": (0.0, _NEARLY_ONE),
-    "train.beta2": (0.0, _NEARLY_ONE), "train.eps": (0.0, 1.0), "train.grad_clip": (0.0, 1e9),
-    "train.label_smoothing": (0.0, _NEARLY_ONE), "train.z_loss": (0.0, 1.0), "train.max_skipped_steps": (0, _MANY),
-    "train.seed": (0, 2**63 - 1), "train.log_interval": (1, _MANY), "train.eval_interval": (1, _MANY),
-    "train.eval_tokens": (0, _MANY), "train.early_stopping": (0, _MANY), "train.save_interval": (1, _MANY),
-    "run.keep": (0, _MANY), "run.sample_tokens": (0, _MANY),
-}  # fmt: skip
+def _bounded_values(config: TrainConfig) -> Iterator[tuple[str, float, Bounds]]:
+    for section in SECTIONS:
+        values = getattr(config, section)
+        for item in dataclasses.fields(values):
+            value, bounds = getattr(values, item.name), item.metadata["between"]
+            if bounds is not None and value is not None:
+                yield f"{section}.{item.name}", value, bounds
+
+
+def _check_lengths(config: TrainConfig) -> None:
+    """Keys that bound each other. What only the model or the data can tell is checked where they are opened."""
+    data, seq_len, longest = config.data, config.train.seq_len, config.model.max_seq_len
+    if longest is not None and seq_len > longest:
+        raise RecipeError(f"train.seq_len is {seq_len} but model.max_seq_len is only {longest}")
+    if data.stride and data.loader != "sliding":
+        raise RecipeError(f"data.stride is {data.stride} but data.loader is {data.loader}; set data.loader=sliding")
+    if data.stride > seq_len:
+        raise RecipeError(
+            f"data.stride is {data.stride} but train.seq_len only {seq_len}: the tokens between would never be read"
+        )

@@ -1,35 +1,66 @@
 """Reads a TOML recipe and dotted overrides into a TrainConfig, and writes a TrainConfig back as TOML.
 
-A key that does not exist, or a value of the wrong type, is a RecipeError that names the key. Free of torch.
+    config = load_config("shakespeare", ["train.max_steps=500"])
+
+A recipe is a file, or the name of one of `training/configs`. A key that does not exist, or a value of the wrong type,
+is a RecipeError that names the key. Free of torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import textwrap
 import tomllib
-import types
-import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
-from training.config import DataConfig, ModelSection, RunConfig, TrainConfig, TrainSection
+from training.config import SECTIONS, TrainConfig
 from training.errors import RecipeError
+from training.recipe_values import check_type, choices, did_you_mean, field_types, parse_text
 
-SECTIONS: dict[str, type] = {"data": DataConfig, "model": ModelSection, "train": TrainSection, "run": RunConfig}
-_UNIONS = (types.UnionType, typing.Union)
-_KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+CONFIGS = Path(__file__).parent / "configs"
+_WIDTH = 78  # of help and comments: fits a terminal of 80 columns
+_KEY_WIDTH = 36
 
 
-def load_config(recipe: Path, overrides: Iterable[str] = ()) -> TrainConfig:
+def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
     """The recipe's values, then each `section.key=value` on top. Raises RecipeError."""
-    tree = _read_toml(recipe)
+    path = find_recipe(recipe)
+    tree = _read_toml(path)
     for override in overrides:
         _apply_override(tree, override)
-    return build_config(tree, source=str(recipe))
+    return build_config(tree, source=str(path))
+
+
+def find_recipe(recipe: str | Path) -> Path:
+    """The file of that path, or the package's recipe of that name. Raises RecipeError where there is neither."""
+    path = Path(recipe)
+    if path.exists():
+        return path
+    known = recipe_names()
+    is_name = len(path.parts) == 1 and path.suffix in ("", ".toml")
+    if is_name and path.stem in known:
+        return CONFIGS / f"{path.stem}.toml"
+    hint = did_you_mean(path.stem, known) if is_name else f"; known by name are {', '.join(known)}"
+    raise RecipeError(f"{recipe}: no such recipe{hint}")
+
+
+def recipe_names() -> list[str]:
+    """The package's recipes."""
+    return sorted(path.stem for path in CONFIGS.glob("*.toml"))
+
+
+def recipe_summary(name: str) -> str:
+    """What one of the package's recipes is for: the first paragraph of its comment, on one line."""
+    lines: list[str] = []
+    for line in (CONFIGS / f"{name}.toml").read_text(encoding="utf-8").splitlines():
+        if not line.removeprefix("#").strip() or not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").strip())
+    return " ".join(lines)
 
 
 def build_config(tree: Mapping[str, Any], source: str = "the recipe") -> TrainConfig:
@@ -37,7 +68,7 @@ def build_config(tree: Mapping[str, Any], source: str = "the recipe") -> TrainCo
     sections: dict[str, Any] = {}
     for name, values in tree.items():
         if name not in SECTIONS:
-            raise RecipeError(f"{source}: unknown section [{name}]{_did_you_mean(name, SECTIONS)}")
+            raise RecipeError(f"{source}: unknown section [{name}]{did_you_mean(name, SECTIONS)}")
         if not isinstance(values, Mapping):
             raise RecipeError(f"{source}: {name} must be a section of keys, written [{name}]")
         sections[name] = _build_section(name, values)
@@ -54,21 +85,62 @@ def config_to_toml(config: TrainConfig) -> str:
     return tomli_w.dumps(config_to_tree(config))
 
 
-def describe_fields() -> str:
-    """Every key with its default and meaning, one line each, for `train --help`."""
-    lines: list[str] = []
+def config_to_commented_toml(config: TrainConfig, heading: str = "") -> str:
+    """Every key with its meaning above it; one that is not set is written as a comment. Reads back as `config`."""
+    blocks = ["\n".join(_comment(heading))] if heading else []
     for section, cls in SECTIONS.items():
+        blocks.append("\n".join([*_comment(_summary(cls)), f"[{section}]"]))
         for item in dataclasses.fields(cls):
-            default = "" if item.default is None else f" [{item.default!r}]"
-            lines.append(f"{section}.{item.name}{default}: {item.metadata['help']}")
-    return "\n\n".join(lines)
+            value = getattr(getattr(config, section), item.name)
+            line = f"# {item.name} =" if value is None else tomli_w.dumps({item.name: value}).rstrip("\n")
+            blocks.append("\n".join([*_comment(_meaning(section, item)), line]))
+    return "\n\n".join(blocks) + "\n"
+
+
+def describe_fields() -> str:
+    """Every key with its default and meaning, by section, in lines of at most 78 columns."""
+    blocks: list[str] = []
+    for section, cls in SECTIONS.items():
+        lines = textwrap.wrap(f"{section}: {_summary(cls)}", _WIDTH)
+        for item in dataclasses.fields(cls):
+            value = "" if item.default in (None, "") else f" = {_shown(item.default)}"
+            lines += _two_columns(f"  {section}.{item.name}{value}", _meaning(section, item))
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def _two_columns(left: str, right: str) -> list[str]:
+    meaning = textwrap.wrap(right, _WIDTH - _KEY_WIDTH, break_on_hyphens=False)
+    first = [f"{left:<{_KEY_WIDTH}}{meaning.pop(0)}"] if len(left) < _KEY_WIDTH else [left]
+    return first + [" " * _KEY_WIDTH + line for line in meaning]
+
+
+def _meaning(section: str, item: dataclasses.Field[Any]) -> str:
+    """The field's help, and its choices where the help does not name them."""
+    text = str(item.metadata["help"])
+    allowed = choices(field_types(section)[item.name])
+    if allowed and not all(choice in text for choice in allowed):
+        text += f" (one of {', '.join(allowed)})"
+    return text
+
+
+def _shown(value: Any) -> str:
+    """As one writes it in TOML."""
+    return tomli_w.dumps({"v": value}).removeprefix("v = ").rstrip("\n")
+
+
+def _summary(cls: type) -> str:
+    """The first paragraph of the docstring, on one line."""
+    return " ".join((cls.__doc__ or "").split("\n\n")[0].split())
+
+
+def _comment(text: str) -> list[str]:
+    return [f"# {line}".rstrip() for part in text.split("\n") for line in textwrap.wrap(part, 116) or [""]]
 
 
 def _read_toml(recipe: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(recipe.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError(f"{recipe}: no such recipe; see training/configs/ for ones to start from") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RecipeError(f"{recipe}: not a readable TOML file ({error})") from None
 
@@ -79,78 +151,21 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not (separator and dot and key):
         raise RecipeError(f"override {override!r} is not of the form section.key=value, such as train.lr=3e-4")
     if section not in SECTIONS:
-        raise RecipeError(f"override {override!r}: unknown section {section}{_did_you_mean(section, SECTIONS)}")
-    hint = _field_types(section).get(key)
+        raise RecipeError(f"override {override!r}: unknown section {section}{did_you_mean(section, SECTIONS)}")
+    hint = field_types(section).get(key)
     if hint is None:
-        raise RecipeError(f"unknown key {section}.{key}{_did_you_mean(key, _field_types(section), section)}")
-    tree.setdefault(section, {})[key] = _parse_text(text.strip(), hint)
-
-
-def _parse_text(text: str, hint: Any) -> Any:
-    """A shell word as a TOML value; where the field takes text, the word itself, so quotes are not needed."""
-    if str in _accepted(hint) or typing.get_origin(hint) is typing.Literal:
-        if len(text) >= 2 and text[0] == text[-1] and text[0] in "\"'":
-            return tomllib.loads(f"value = {text}")["value"]
-        return text
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
+        raise RecipeError(f"unknown key {section}.{key}{did_you_mean(key, field_types(section), section)}")
+    values = tree.setdefault(section, {})
+    if not isinstance(values, dict):
+        raise RecipeError(f"{section} must be a section of keys, written [{section}]")
+    values[key] = parse_text(text.strip(), hint)
 
 
 def _build_section(section: str, values: Mapping[str, Any]) -> Any:
-    hints = _field_types(section)
+    hints = field_types(section)
     checked: dict[str, Any] = {}
     for key, value in values.items():
         if key not in hints:
-            raise RecipeError(f"unknown key {section}.{key}{_did_you_mean(key, hints, section)}")
-        checked[key] = _check_type(f"{section}.{key}", value, hints[key])
+            raise RecipeError(f"unknown key {section}.{key}{did_you_mean(key, hints, section)}")
+        checked[key] = check_type(f"{section}.{key}", value, hints[key])
     return SECTIONS[section](**checked)
-
-
-def _check_type(name: str, value: Any, hint: Any) -> Any:
-    choices = _choices(hint)
-    if choices:
-        if value not in choices:
-            raise RecipeError(f"{name} is {value!r} but must be one of {', '.join(choices)}")
-        return value
-    accepted = _accepted(hint)
-    if float in accepted and type(value) is int:
-        return float(value)
-    if type(value) not in accepted or (type(value) is float and value != value):
-        raise RecipeError(f"{name} is {value!r} but must be {' or '.join(_KINDS[kind] for kind in accepted)}")
-    return value
-
-
-def _field_types(section: str) -> dict[str, Any]:
-    return typing.get_type_hints(SECTIONS[section])
-
-
-def _members(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if typing.get_origin(hint) in _UNIONS else (hint,)
-
-
-def _choices(hint: Any) -> tuple[str, ...]:
-    for member in _members(hint):
-        if typing.get_origin(member) is typing.Literal:
-            return typing.get_args(member)
-    return ()
-
-
-def _accepted(hint: Any) -> tuple[type, ...]:
-    if _choices(hint):
-        return (str,)
-    return tuple(member for member in _members(hint) if member is not types.NoneType)
-
-
-def _did_you_mean(word: str, known: Iterable[str], section: str = "") -> str:
-    """`; did you mean X?`, looking in the other sections too, or the list of what exists."""
-    known = list(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    prefix = f"{section}." if section else ""
-    if close:
-        return f"; did you mean {prefix}{close[0]}?"
-    for other in SECTIONS if section else ():
-        if word in _field_types(other):
-            return f"; did you mean {other}.{word}?"
-    return f"; known are {', '.join(known)}"
