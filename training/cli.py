@@ -13,6 +13,7 @@ from model.errors import QuillError
 from training.commands.evaluate import evaluate
 from training.commands.generate import generate_command
 from training.commands.prepare import prepare_command
+from training.commands.recipe import recipe_command
 from training.commands.train import EPILOG, train
 
 app = typer.Typer(
@@ -20,6 +21,7 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
 )  # fmt: skip
 app.command("prepare")(prepare_command)
+app.command("recipe")(recipe_command)
 app.command("train", epilog=EPILOG)(train)
 app.command("evaluate")(evaluate)
 app.command("generate")(generate_command)

@@ -9,6 +9,7 @@ is a RecipeError that names the key. Free of torch.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import textwrap
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -54,13 +55,16 @@ def recipe_names() -> list[str]:
 
 
 def recipe_summary(name: str) -> str:
-    """What one of the package's recipes is for: the first paragraph of its comment, on one line."""
-    lines: list[str] = []
-    for line in (CONFIGS / f"{name}.toml").read_text(encoding="utf-8").splitlines():
-        if not line.removeprefix("#").strip() or not line.startswith("#"):
-            break
-        lines.append(line.removeprefix("#").strip())
-    return " ".join(lines)
+    """What one of the package's recipes is for: the first sentence of its comment."""
+    paragraph = " ".join(leading_comment(CONFIGS / f"{name}.toml").split("\n\n")[0].split())
+    return paragraph.partition(". ")[0].rstrip(".") + "."
+
+
+def leading_comment(recipe: Path) -> str:
+    """The comment that a recipe begins with, without its number signs."""
+    lines = recipe.read_text(encoding="utf-8").splitlines()
+    comment = itertools.takewhile(lambda line: line.startswith("#"), lines)
+    return "\n".join(line.removeprefix("#").removeprefix(" ") for line in comment)
 
 
 def build_config(tree: Mapping[str, Any], source: str = "the recipe") -> TrainConfig:
@@ -87,7 +91,7 @@ def config_to_toml(config: TrainConfig) -> str:
 
 def config_to_commented_toml(config: TrainConfig, heading: str = "") -> str:
     """Every key with its meaning above it; one that is not set is written as a comment. Reads back as `config`."""
-    blocks = ["\n".join(_comment(heading))] if heading else []
+    blocks = ["\n".join(f"# {line}".rstrip() for line in heading.split("\n"))] if heading else []
     for section, cls in SECTIONS.items():
         blocks.append("\n".join([*_comment(_summary(cls)), f"[{section}]"]))
         for item in dataclasses.fields(cls):
@@ -135,7 +139,7 @@ def _summary(cls: type) -> str:
 
 
 def _comment(text: str) -> list[str]:
-    return [f"# {line}".rstrip() for part in text.split("\n") for line in textwrap.wrap(part, 116) or [""]]
+    return [f"# {line}" for line in textwrap.wrap(text, 116)]
 
 
 def _read_toml(recipe: Path) -> dict[str, Any]:
