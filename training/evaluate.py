@@ -11,20 +11,23 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from model.checkpoint import load_model
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from training.build import resolve_device
-from training.data import open_split
+from training.dataset import open_split
+from training.distributed import Distributed
 from training.errors import DataError, RecipeError
 from training.loss import summed_cross_entropy
 from training.shards import read_manifest
@@ -96,24 +99,53 @@ def evaluate_loss(
 
     `autocast` computes products in that type. Raises DataError when there are fewer than two tokens.
     """
+    precision = torch.autocast(model.device.type, autocast) if autocast else contextlib.nullcontext()
+
+    def summed_loss(inputs: Tensor, targets: Tensor, skip: int) -> Tensor:
+        with precision:
+            return summed_cross_entropy(
+                model.compute_logits, model(inputs)[:, skip:], targets[:, skip:], vocab_size=model.config.vocab_size
+            )
+
+    was_training = model.training
+    model.eval()
+    result = evaluate_windows(
+        summed_loss, tokens, Distributed(model.device), seq_len=seq_len, stride=stride, batch_size=batch_size,
+        max_tokens=max_tokens,
+    )  # fmt: skip
+    model.train(was_training)
+    return result
+
+
+def evaluate_windows(
+    summed_loss: Callable[[Tensor, Tensor, int], Tensor],
+    tokens: Tokens,
+    distributed: Distributed,
+    *,
+    seq_len: int,
+    stride: int | None = None,
+    batch_size: int = 16,
+    max_tokens: int = 0,
+) -> Evaluation:
+    """The mean of `summed_loss(inputs, targets, skip)` over all windows, which the ranks share out. Collective.
+
+    All ranks call the function equally often, as FSDP demands: what the last round has too few batches for is
+    computed and not counted. Raises DataError when there are fewer than two tokens.
+    """
     predictions = tokens.num_tokens - 1
     if predictions < 1:
         raise DataError("the text has fewer than two tokens; there is nothing to predict")
     counted = min(predictions, max_tokens) if max_tokens else predictions
-    device, was_training = model.device, model.training
-    model.eval()
-    total = 0.0
-    precision = torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext()
-    for group in _batches(_windows(counted, seq_len, stride or seq_len), batch_size):
-        block = torch.from_numpy(np.stack([tokens.read(w.start, w.length + 1) for w in group])).to(device)
-        with precision:
-            hidden = model(block[:, :-1])[:, group[0].skip :]
-            loss = summed_cross_entropy(
-                model.compute_logits, hidden, block[:, 1 + group[0].skip :], vocab_size=model.config.vocab_size
-            )
-        total += loss.item()
-    model.train(was_training)
-    return Evaluation(total / counted, counted, tokens.num_bytes / tokens.num_tokens)
+    batches = _batches(_windows(counted, seq_len, stride or seq_len), batch_size)
+    total = torch.zeros((), dtype=torch.float64, device=distributed.device)
+    while batches_of_round := list(islice(batches, distributed.world_size)):
+        is_mine = distributed.rank < len(batches_of_round)
+        batch = batches_of_round[distributed.rank if is_mine else 0]
+        block = torch.from_numpy(np.stack([tokens.read(w.start, w.length + 1) for w in batch])).to(distributed.device)
+        loss = summed_loss(block[:, :-1], block[:, 1:], batch[0].skip)
+        if is_mine:
+            total += loss
+    return Evaluation(distributed.sum(total).item() / counted, counted, tokens.num_bytes / tokens.num_tokens)
 
 
 def evaluate_checkpoint(

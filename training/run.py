@@ -18,15 +18,15 @@ from model.transformer import Transformer
 from training.build import DTYPES, make_model_config, resolve_device
 from training.checkpoint import CheckpointManager, FoundState, has_state, load_tensors
 from training.config import TrainConfig
-from training.data import TokenLoader, TokenSplit, open_split
-from training.errors import DataError, RecipeError
+from training.data import TokenLoader, TokenSplit
+from training.dataset import make_loader, open_dataset
+from training.errors import RecipeError
 from training.generate import prompt_ids
 from training.metrics import MetricsLog
 from training.optim import build_optimizer
 from training.recipe import config_to_toml
 from training.report import Reporter
 from training.run_folder import Resume, check_same_run, locked, require_usable
-from training.shards import TOKENIZER_DIR, data_digest, read_manifest
 from training.stop import StopSignals
 from training.trainer import Progress, Trainer
 
@@ -73,22 +73,18 @@ def run_training(config: TrainConfig, resume: Resume, console: Console) -> bool:
 
 def open_inputs(config: TrainConfig) -> Inputs:
     """Raises RecipeError, DataError, ConfigError or TokenizerError for what cannot be used."""
-    folder = Path(config.data.dir)
-    manifest = read_manifest(folder)
-    tokenizer = Tokenizer.load(folder / TOKENIZER_DIR)
-    if (tokenizer.vocab_size, tokenizer.digest) != (manifest.vocab_size, manifest.tokenizer_digest):
-        raise DataError(f"{folder / TOKENIZER_DIR}: not the tokenizer that the data was prepared with")
+    dataset = open_dataset(config.data)
+    tokenizer = dataset.tokenizer
     settings = config.train
     model_config = make_model_config(config, tokenizer)
     _check_sample_prompt(config, tokenizer, model_config)
-    train_split = open_split(folder, "train", verify=config.data.verify)
     return Inputs(
         device=resolve_device(settings.device),
         tokenizer=tokenizer,
         model_config=model_config,
-        loader=TokenLoader(train_split, settings.seq_len, settings.batch_size, settings.seed),
-        validation=open_split(folder, "val", verify=config.data.verify),
-        data_digest=data_digest(manifest),
+        loader=make_loader(dataset, config.data, seq_len=settings.seq_len, seed=settings.seed),
+        validation=dataset.val,
+        data_digest=dataset.digest,
     )
 
 

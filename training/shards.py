@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,14 @@ def write_manifest(folder: Path, manifest: DataManifest) -> None:
 def data_digest(manifest: DataManifest) -> str:
     """Identity of the tokens: the same text, tokenizer and split give the same, wherever the text came from."""
     shards = {name: [(shard.tokens, shard.sha256) for shard in info.shards] for name, info in manifest.splits.items()}
-    facts = (manifest.dtype, manifest.vocab_size, manifest.tokenizer_digest, sorted(shards.items()))
+    return tokens_digest(manifest.dtype, manifest.vocab_size, manifest.tokenizer_digest, shards)
+
+
+def tokens_digest(
+    dtype: str, vocab_size: int, tokenizer_digest: str, shards: Mapping[str, Sequence[tuple[int, str]]]
+) -> str:
+    """sha256 in hex over what decides the tokens; `shards` gives each split's token counts and digests in order."""
+    facts = (dtype, vocab_size, tokenizer_digest, sorted(shards.items()))
     return hashlib.sha256(msgspec.json.encode(facts)).hexdigest()
 
 

@@ -113,7 +113,7 @@ class Trainer:
         if self.progress.step % self.config.train.log_interval == 0 and self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
         self._watch.seconds += time.perf_counter() - start
-        self._watch.tokens += self.config.tokens_per_step * self.loader.world_size
+        self._watch.tokens += self.config.tokens_per_step
         self.report.advance()
         return loss
 
@@ -126,7 +126,7 @@ class Trainer:
         total = torch.zeros((), device=self.model.device)
         for micro in range(step * settings.grad_accum_steps, (step + 1) * settings.grad_accum_steps):
             inputs, targets = self._batch(micro)
-            torch.manual_seed(_dropout_seed(settings.seed, micro, self.loader.rank))
+            torch.manual_seed(_dropout_seed(settings.seed, micro, 0))
             loss = self._forward(inputs, targets) / settings.grad_accum_steps
             torch.autograd.backward(self.scaler.scale(loss))
             total += loss.detach()
@@ -146,7 +146,9 @@ class Trainer:
         return total / targets.numel()
 
     def _batch(self, micro_step: int) -> tuple[Tensor, Tensor]:
-        inputs, targets = (torch.from_numpy(np.ascontiguousarray(a)) for a in self.loader.batch(micro_step))
+        size = self.config.train.batch_size
+        arrays = self.loader.batch(micro_step * size, size)
+        inputs, targets = (torch.from_numpy(array) for array in arrays)
         device = self.model.device
         if device.type == "cuda":
             inputs, targets = inputs.pin_memory(), targets.pin_memory()
@@ -196,7 +198,7 @@ class Trainer:
             lr=self._learning_rate(step - 1),
             tokens_per_second=round(self._speed, 1),
             mfu=None if mfu is None else round(mfu, 5),
-            tokens=step * self.config.tokens_per_step * self.loader.world_size,
+            tokens=step * self.config.tokens_per_step,
             **more,
         )
 

@@ -1,9 +1,7 @@
-"""Order, coverage and integrity of the batches."""
+"""Order and coverage of the sequences, against a plain list of the split's tokens."""
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -12,9 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.data import TokenLoader, open_split, permute
+from training.data import TokenLoader, permute
+from training.dataset import open_split
 from training.errors import DataError
 from training.prepare import PrepareRequest, prepare
+from training.token_split import TokenSplit
+
+
+def make_split(num_tokens: int, shard_tokens: int = 10**9) -> TokenSplit:
+    """Tokens 0, 1, 2 … so that a sequence shows where it was taken from."""
+    tokens = np.arange(num_tokens, dtype=np.uint32)
+    shards = [tokens[start : start + shard_tokens] for start in range(0, num_tokens, shard_tokens)]
+    return TokenSplit("train", shards, lambda: num_tokens)
 
 
 @given(st.integers(1, 300), st.integers(0, 2**64 - 1))
@@ -28,86 +35,107 @@ def test_permute_depends_on_the_key_and_is_not_the_identity() -> None:
     assert tuple(range(50)) not in orders
 
 
-def test_batches_are_shifted_windows_of_the_split(data_dir: Path) -> None:
-    split = open_split(data_dir, "train")
-    loader = TokenLoader(split, seq_len=16, batch_size=3, seed=7)
-    whole = split.read(0, split.num_tokens)
-    inputs, targets = loader.batch(5)
-    assert inputs.shape == targets.shape == (3, 16)
-    for row in range(3):
-        start = loader.window_start(5 * 3 + row)
-        assert np.array_equal(inputs[row], whole[start : start + 16])
-        assert np.array_equal(targets[row], whole[start + 1 : start + 17])
+def test_the_order_of_a_seed_never_changes() -> None:
+    """A run that was interrupted must go on with the data it would have had: these starts are a promise."""
+    packed = TokenLoader(make_split(2_000), seq_len=16, seed=1337)
+    assert [packed.window_start(i) for i in (0, 1, 2, 3, 122, 123, 124, 10**6)] == [
+        1757,
+        205,
+        1005,
+        813,
+        1741,
+        1949,
+        209,
+        1443,
+    ]
+    sliding = TokenLoader(make_split(2_000), seq_len=16, seed=1337, stride=8)
+    assert [sliding.window_start(i) for i in (0, 1, 2, 3, 247, 248, 249, 10**6)] == [
+        872,
+        1616,
+        496,
+        1600,
+        1528,
+        104,
+        240,
+        248,
+    ]
 
 
-def test_an_epoch_visits_every_window_once_and_the_next_in_another_order(data_dir: Path) -> None:
-    loader = TokenLoader(open_split(data_dir, "train"), seq_len=16, batch_size=1, seed=7)
+@given(
+    num_tokens=st.integers(2, 400), seq_len=st.integers(1, 40), first=st.integers(0, 10**6), count=st.integers(1, 9),
+    stride=st.none() | st.integers(1, 50), seed=st.integers(0, 2**63 - 1), shard_tokens=st.integers(1, 400),
+)  # fmt: skip
+def test_a_batch_is_windows_and_the_same_one_token_later(
+    num_tokens: int, seq_len: int, first: int, count: int, stride: int | None, seed: int, shard_tokens: int
+) -> None:
+    seq_len = min(seq_len, num_tokens - 1)
+    loader = TokenLoader(make_split(num_tokens, shard_tokens), seq_len, seed, stride)
+    inputs, targets = loader.batch(first, count)
+    assert (inputs.shape, inputs.dtype, targets.dtype) == ((count, seq_len), np.int64, np.int64)
+    for row in range(count):
+        start = loader.window_start(first + row)
+        assert inputs[row].tolist() == list(range(start, start + seq_len))
+        assert targets[row].tolist() == list(range(start + 1, start + seq_len + 1))
+        assert start + seq_len < num_tokens
+
+
+@given(num_tokens=st.integers(2, 500), seq_len=st.integers(1, 40), epoch=st.integers(0, 3), seed=st.integers(0, 2**40))
+def test_an_epoch_of_packed_windows_is_every_token_once(num_tokens: int, seq_len: int, epoch: int, seed: int) -> None:
+    seq_len = min(seq_len, num_tokens - 1)
+    loader = TokenLoader(make_split(num_tokens), seq_len, seed)
     windows = loader.windows_per_epoch
-    epochs = [[loader.window_start(e * windows + i) for i in range(windows)] for e in range(3)]
-    for starts in epochs:
-        phase = min(starts)
-        assert sorted(starts) == [phase + 16 * i for i in range(windows)]
-        assert max(starts) + 17 <= loader.split.num_tokens
-    assert len({tuple(starts) for starts in epochs}) == 3
-    assert len({min(starts) for starts in epochs}) > 1
+    inputs, _ = loader.batch(epoch * windows, windows)
+    seen = sorted(inputs.ravel().tolist())
+    assert seen == list(range(seen[0], seen[0] + windows * seq_len))
+    assert num_tokens - len(seen) <= 2 * seq_len
 
 
-def test_ranks_share_the_order_of_one_rank(data_dir: Path) -> None:
-    split = open_split(data_dir, "train")
-    alone = TokenLoader(split, seq_len=8, batch_size=4, seed=3)
-    ranks = [TokenLoader(split, seq_len=8, batch_size=2, seed=3, rank=rank, world_size=2) for rank in range(2)]
-    for step in range(5):
-        together = np.concatenate([loader.batch(step)[0] for loader in ranks])
-        assert np.array_equal(together, alone.batch(step)[0])
+@given(
+    num_tokens=st.integers(2, 300), seq_len=st.integers(1, 40), stride=st.integers(1, 60), epoch=st.integers(0, 3),
+    seed=st.integers(0, 2**40),
+)  # fmt: skip
+def test_an_epoch_of_sliding_windows_is_each_of_them_once(
+    num_tokens: int, seq_len: int, stride: int, epoch: int, seed: int
+) -> None:
+    seq_len = min(seq_len, num_tokens - 1)
+    loader = TokenLoader(make_split(num_tokens), seq_len, seed, stride)
+    windows = loader.windows_per_epoch
+    inputs, _ = loader.batch(epoch * windows, windows)
+    starts = sorted(inputs[:, 0].tolist())
+    assert starts == list(range(0, num_tokens - seq_len, stride))  # as a loop over the text would cut them
+
+
+def test_epochs_differ_in_order_and_packed_ones_in_phase() -> None:
+    for stride in (None, 8):
+        loader = TokenLoader(make_split(1_000), seq_len=16, seed=7, stride=stride)
+        windows = loader.windows_per_epoch
+        epochs = [tuple(loader.window_start(e * windows + i) for i in range(windows)) for e in range(4)]
+        assert len(set(epochs)) == 4
+        assert (len({min(starts) for starts in epochs}) > 1) == (stride is None)
+
+
+@given(ranks=st.sampled_from([1, 2, 3, 4]), batch_size=st.integers(1, 4), step=st.integers(0, 50))
+def test_ranks_share_the_order_of_one_rank(ranks: int, batch_size: int, step: int) -> None:
+    """Micro-batches dealt out to ranks are, together, the sequences that one process would have read."""
+    loader = TokenLoader(make_split(700), seq_len=8, seed=3)
+    first, per_step = step * 2 * ranks * batch_size, 2 * ranks * batch_size
+    alone, _ = loader.batch(first, per_step)
+    micro = {k * ranks + r: loader.batch(first + (k * ranks + r) * batch_size, batch_size)[0]
+             for r in range(ranks) for k in range(2)}  # fmt: skip
+    assert np.array_equal(np.concatenate([micro[m] for m in range(2 * ranks)]), alone)
 
 
 def test_reads_cross_shards(text_file: Path, tmp_path: Path) -> None:
     prepare(PrepareRequest((str(text_file),), tmp_path / "a", "bytes"), shard_tokens=101)
     prepare(PrepareRequest((str(text_file),), tmp_path / "b", "bytes"))
     many, one = open_split(tmp_path / "a", "train"), open_split(tmp_path / "b", "train")
+    assert many.num_bytes == one.num_bytes
     for start, length in ((0, 1_000), (100, 2), (101, 101), (202, 500), (one.num_tokens - 3, 3)):
         assert np.array_equal(many.read(start, length), one.read(start, length))
 
 
-def test_the_shortest_possible_split_works_and_a_shorter_one_is_refused(data_dir: Path) -> None:
-    split = open_split(data_dir, "val")
-    loader = TokenLoader(split, seq_len=split.num_tokens - 1, batch_size=2, seed=0)
+def test_the_shortest_possible_split_works_and_a_shorter_one_is_refused() -> None:
+    loader = TokenLoader(make_split(50), seq_len=49, seed=0)
     assert Counter(loader.window_start(i) for i in range(4)) == {0: 4}
-    with pytest.raises(DataError, match=r"train\.seq_len is \d+ but the val split has only"):
-        TokenLoader(split, seq_len=split.num_tokens, batch_size=2, seed=0)
-
-
-def test_damaged_data_is_refused(data_dir: Path, tmp_path: Path) -> None:
-    def copy() -> Path:
-        return Path(shutil.copytree(data_dir, tmp_path / "copy", dirs_exist_ok=True))
-
-    shard = copy() / "train-00000.bin"
-    content = bytearray(shard.read_bytes())
-    content[10] ^= 1
-    shard.write_bytes(content)
-    with pytest.raises(DataError, match=r"train-00000\.bin: the content does not match"):
-        open_split(shard.parent, "train")
-    assert open_split(shard.parent, "train", verify=False).num_tokens * 2 == len(content)
-    shard.write_bytes(content[:-2])
-    with pytest.raises(DataError, match=r"train-00000\.bin: has \d+ bytes, not"):
-        open_split(shard.parent, "train", verify=False)
-    shard.unlink()
-    with pytest.raises(DataError, match=r"train-00000\.bin: the shard is missing"):
-        open_split(shard.parent, "train")
-    manifest = copy() / "manifest.json"
-    values = json.loads(manifest.read_text())
-    values["vocab_size"] = 100
-    manifest.write_text(json.dumps(values))
-    with pytest.raises(DataError, match="beyond the vocabulary of 100"):
-        open_split(manifest.parent, "train")
-    values["splits"]["train"]["shards"][0]["file"] = "../train-00000.bin"
-    manifest.write_text(json.dumps(values))
-    with pytest.raises(DataError, match="not a file of this folder"):
-        open_split(manifest.parent, "train")
-    manifest.write_text("{")
-    with pytest.raises(DataError, match="not a readable manifest"):
-        open_split(manifest.parent, "train")
-    with pytest.raises(DataError, match="run `python -m training prepare"):
-        open_split(tmp_path / "absent", "train")
-    with pytest.raises(DataError, match="no test split"):
-        open_split(data_dir, "test")
+    with pytest.raises(DataError, match=r"train\.seq_len is 50 but the train split has only 50 tokens"):
+        TokenLoader(make_split(50), seq_len=50, seed=0)

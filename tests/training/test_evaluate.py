@@ -14,7 +14,7 @@ from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
 from tests.training.conftest import ConfigMaker, train
 from training import loss as loss_module
-from training.data import open_split
+from training.dataset import open_split
 from training.errors import DataError, RecipeError
 from training.evaluate import TextTokens, encode_file, evaluate_checkpoint, evaluate_loss
 from training.generate import generate_from_checkpoint
