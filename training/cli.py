@@ -12,6 +12,7 @@ import typer
 from model.errors import QuillError
 from training.commands.evaluate import evaluate
 from training.commands.generate import generate_command
+from training.commands.import_model import import_command
 from training.commands.prepare import prepare_command
 from training.commands.recipe import recipe_command
 from training.commands.train import EPILOG, train
@@ -25,6 +26,7 @@ app.command("recipe")(recipe_command)
 app.command("train", epilog=EPILOG)(train)
 app.command("evaluate")(evaluate)
 app.command("generate")(generate_command)
+app.command("import")(import_command)
 
 
 def main() -> None:
