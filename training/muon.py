@@ -19,7 +19,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 # Of the quintic a·x + b·x³ + c·x⁵ (Jordan et al. 2024): the steepest slope at zero that keeps singular values near 1.
 _QUINTIC = (3.4445, -4.7750, 2.0315)
-_ITERATIONS = 5
+# Five iterations, in chains: see `_iterate`. A chain of all five would blow up bfloat16's rounding errors.
+_CHAINS = (1, 1, 1, 1, 1)
+_CHAINS_OF_LONG = (3, 2)
 _EPS = 1e-7
 _MAX_STACK = 1 << 26  # elements orthogonalised at once: bounds the memory beside the weights
 
@@ -30,16 +32,36 @@ def orthogonalize(stack: Tensor, scale: float = 1.0) -> Tensor:
     Five Newton-Schulz iterations bring all singular values that are not tiny beside their matrix's Frobenius norm
     to about 0.7 … 1.2, where the exact polar factor U·Vᵀ has 1. A matrix of zeros stays one.
     """
-    a, b, c = _QUINTIC
     tall = stack.shape[1] > stack.shape[2]
     x = (stack.mT if tall else stack).contiguous()  # wide: the products with the transpose are then the small ones
     x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32).clamp(min=_EPS).to(x.dtype)
-    for iteration in range(_ITERATIONS):
-        last = scale if iteration == _ITERATIONS - 1 else 1.0
-        gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a * last, alpha=last)
+    chains = _CHAINS_OF_LONG if x.shape[2] >= 2 * x.shape[1] else _CHAINS
+    for length in chains[:-1]:
+        x = _iterate(x, length)
+    x = _iterate(x, chains[-1], scale)
     return x.mT if tall else x
+
+
+def _iterate(x: Tensor, length: int, scale: float = 1.0) -> Tensor:
+    """`length` iterations X ← P·X with P = aI + bG + cG², G = X·Xᵀ, of x [n, r, c]; the last one times `scale`.
+
+    As P and G commute, the next iteration's G is P·P·G. So a chain needs the long side c only for its first G and
+    its last product: of matrices with c = 4r two chains take two thirds of the time of five.
+    """
+    gram = x @ x.mT
+    product = polynomial = _polynomial(gram)
+    for _ in range(length - 1):
+        gram = polynomial @ (polynomial @ gram)
+        polynomial = _polynomial(gram)
+        product = polynomial @ product
+    return torch.baddbmm(x, product, x, beta=0.0, alpha=scale)
+
+
+def _polynomial(gram: Tensor) -> Tensor:
+    a, b, c = _QUINTIC
+    polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    polynomial.diagonal(dim1=1, dim2=2).add_(a)
+    return polynomial
 
 
 class Muon(torch.optim.Optimizer):
