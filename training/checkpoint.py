@@ -12,9 +12,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import torch
@@ -23,13 +24,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model.atomic_folder import replace_folder
-from model.checkpoint import Provenance, save_model
+from model.checkpoint import Provenance, save_state_dict
+from model.config import ModelConfig
 from model.hf_config import CONFIG_FILE
 from model.manifest import file_sha256
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from training.errors import ResumeError
-from training.optim import load_optimizer_tensors, optimizer_tensors
+from training.optim import load_optimizer_tensors
 
 STATE_FILE = "state.json"
 TENSORS_FILE = "training.safetensors"
@@ -40,19 +42,36 @@ _STEP_FOLDER = re.compile(r"step-(\d+)")
 class RunState(msgspec.Struct, frozen=True, kw_only=True):
     """Everything beside tensors that a resumed run continues from.
 
-    The position in the data and the random numbers follow from `step` and the recipe's seed. `config` is the
-    resolved recipe, `data_digest` the prepared data's identity, `scaler` the fp16 loss scaling's state.
+    `sequences` were consumed by all ranks together; the next ones and the random numbers follow from it and the
+    recipe's seed. `validations_since_best` counts towards early stopping, `skipped_steps` and `skips_in_a_row` are
+    those of the non-finite guard. `config` is the resolved recipe, `data_digest` the prepared data's identity,
+    `scaler` the fp16 loss scaling's state.
     """
 
-    version: int = 1
+    version: Literal[2] = 2
     step: int
+    sequences: int
     run_id: str
     best_loss: float | None
     best_step: int | None
+    validations_since_best: int
+    skipped_steps: int
+    skips_in_a_row: int
     data_digest: str
     config: dict[str, dict[str, Any]]
     scaler: dict[str, float | int]
     tensors_sha256: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Whole tensors on the CPU: `model.{parameter}`, and `optimizer.{parameter}.{moment}` where they are wanted."""
+
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        return named(self.tensors, "model.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +85,10 @@ class FoundState:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointManager:
-    """Writes and finds the folders of one run."""
+    """Writes and finds the folders of one run. Checkpoints leave out the padding of the vocabulary."""
 
     run_dir: Path
+    model_config: ModelConfig
     tokenizer: Tokenizer
     dtype: torch.dtype
     keep: int
@@ -81,23 +101,20 @@ class CheckpointManager:
     def states(self) -> Path:
         return self.run_dir / "state"
 
-    def save_best(self, model: Transformer, provenance: Provenance) -> None:
-        self._save_model("best", model, provenance)
+    def save_best(self, snapshot: Snapshot, provenance: Provenance) -> None:
+        self._save_model("best", snapshot, provenance)
 
-    def save_last(self, model: Transformer, step: int, provenance: Provenance) -> None:
+    def save_last(self, snapshot: Snapshot, step: int, provenance: Provenance) -> None:
         """Writes `last` and step-N, then removes the oldest step-N folders."""
-        self._save_model("last", model, provenance)
+        self._save_model("last", snapshot, provenance)
         if self.keep:
             replace_folder(self.checkpoints / f"step-{step}", self._link_last, marker=CONFIG_FILE)
         _remove_oldest(self.checkpoints, self.keep)
 
-    def save_state(self, model: Transformer, optimizer: torch.optim.Optimizer, state: RunState) -> None:
+    def save_state(self, snapshot: Snapshot, state: RunState) -> None:
         """Writes the state of `state.step`, then removes the oldest ones."""
-        tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-        tensors |= {f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(optimizer, model).items()}
-        replace_folder(
-            self.states / f"step-{state.step}", lambda folder: _write_state(folder, state, tensors), marker=STATE_FILE
-        )
+        folder, tensors = self.states / f"step-{state.step}", dict(snapshot.tensors)
+        replace_folder(folder, lambda partial: _write_state(partial, state, tensors), marker=STATE_FILE)
         _remove_oldest(self.states, _KEPT_STATES)
 
     def find_state(self) -> FoundState:
@@ -111,9 +128,11 @@ class CheckpointManager:
         reasons = "; ".join(reason for _, reason in damaged)
         raise ResumeError(f"{self.states}: holds no whole state ({reasons}); choose another run.dir")
 
-    def _save_model(self, name: str, model: Transformer, provenance: Provenance) -> None:
-        folder = self.checkpoints / name
-        save_model(folder, model, tokenizer=self.tokenizer, dtype=self.dtype, provenance=provenance)
+    def _save_model(self, name: str, snapshot: Snapshot, provenance: Provenance) -> None:
+        save_state_dict(
+            self.checkpoints / name, self.model_config, snapshot.weights, dtype=self.dtype, tokenizer=self.tokenizer,
+            provenance=provenance, vocab_size=self.tokenizer.vocab_size,
+        )  # fmt: skip
 
     def _link_last(self, folder: Path) -> None:
         # Files of a checkpoint are never written again, so two folders may share them.
@@ -149,21 +168,42 @@ def read_state(folder: Path) -> RunState:
     return state
 
 
-def load_tensors(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
-    """Weights and optimiser state of a folder, into the model and optimiser. Raises ResumeError if they do not fit."""
+@dataclass(frozen=True, slots=True)
+class SavedTensors:
+    """The tensors of a state folder, mapped from its file."""
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+
+    def load_weights(self, model: Transformer) -> None:
+        """Into a model that is whole, before FSDP splits it. Raises ResumeError if they do not fit."""
+        try:
+            model.load_state_dict(named(self.tensors, "model."))
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise ResumeError(f"{self.path}: does not fit this model ({reason})") from None
+
+    def load_moments(self, model: Transformer, optimizers: list[torch.optim.Optimizer]) -> None:
+        """Into the optimisers of the model as it trains. Raises ResumeError if they do not fit."""
+        load_optimizer_tensors(optimizers, model, named(self.tensors, "optimizer."))
+
+
+def named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those whose name begins with `prefix`, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def open_tensors(folder: Path) -> SavedTensors:
+    """Raises ResumeError when the file cannot be read."""
+    path = folder / TENSORS_FILE
     try:
-        tensors = load_file(folder / TENSORS_FILE)
-        weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
-        model.load_state_dict(weights)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ResumeError(f"{folder / TENSORS_FILE}: does not fit this model ({reason})") from None
-    moments = {name.removeprefix("optimizer."): t for name, t in tensors.items() if name.startswith("optimizer.")}
-    load_optimizer_tensors(optimizer, model, moments)
+        return SavedTensors(path, load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise ResumeError(f"{path}: cannot be read ({error})") from None
 
 
 def _write_state(folder: Path, state: RunState, tensors: dict[str, Tensor]) -> None:
-    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, folder / TENSORS_FILE)
+    save_file(tensors, folder / TENSORS_FILE)
     whole = msgspec.structs.replace(state, tensors_sha256=file_sha256(folder / TENSORS_FILE))
     (folder / STATE_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(whole), indent=2) + b"\n")
 

@@ -26,11 +26,10 @@ from model.checkpoint import load_model
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from training.build import resolve_device
-from training.dataset import open_split
+from training.dataset import open_folder
 from training.distributed import Distributed
 from training.errors import DataError, RecipeError
 from training.loss import summed_cross_entropy
-from training.shards import read_manifest
 
 
 class Tokens(Protocol):
@@ -173,9 +172,10 @@ def evaluate_checkpoint(
         raise RecipeError(f"--stride is {stride} but must lie between 1 and {seq_len}")
     tokens: Tokens
     if data is not None and text is None:
-        if read_manifest(data).tokenizer_digest != tokenizer.digest:
+        source = open_folder(data)
+        if source.tokenizer.digest != tokenizer.digest:
             raise DataError(f"{data}: prepared with another tokenizer than {folder} uses; prepare it with this one")
-        tokens = open_split(data, split)
+        tokens = source.open_split(split, verify=True)
     elif text is not None and data is None:
         tokens = encode_file(text, tokenizer)
     else:

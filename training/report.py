@@ -51,9 +51,10 @@ class Reporter:
     def line(self, text: str) -> None:
         self._console.print(escape(text), highlight=False, soft_wrap=True)
 
-    def training(self, step: int, loss: float, lr: float, tokens_per_second: float, mfu: float | None) -> None:
+    def training(self, step: int, loss: float, lr: float, tokens_per_second: float | None, mfu: float | None) -> None:
         share = "" if mfu is None else f"  mfu {mfu:.1%}"
-        text = f"step {step}  loss {loss:.4f}  lr {lr:.2e}  {tokens_per_second:,.0f} tokens/s{share}"
+        speed = "" if tokens_per_second is None else f"  {tokens_per_second:,.0f} tokens/s"
+        text = f"step {step}  loss {loss:.4f}  lr {lr:.2e}{speed}{share}"
         if self._console.is_terminal:
             self._progress.update(self._task, description=escape(text))
         else:

@@ -2,90 +2,95 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
+import dataclasses
 import secrets
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
+from model.atomic_folder import clear_leftovers
 from model.config import ModelConfig
 from model.errors import TokenizerError
 from model.tokenizer import Tokenizer
-from model.transformer import Transformer
-from training.build import DTYPES, make_model_config, resolve_device
-from training.checkpoint import CheckpointManager, FoundState, has_state, load_tensors
+from training.batches import MicroBatches
+from training.build import DTYPES, make_model, make_model_config
+from training.checkpoint import CheckpointManager, FoundState, has_state, open_tensors, read_state
 from training.config import TrainConfig
-from training.data import TokenLoader, TokenSplit
-from training.dataset import make_loader, open_dataset
+from training.data import TokenLoader
+from training.dataset import Dataset, make_loader, open_dataset
+from training.distributed import Distributed, init_distributed
 from training.errors import RecipeError
 from training.generate import prompt_ids
-from training.metrics import MetricsLog
-from training.optim import build_optimizer
-from training.recipe import config_to_toml
-from training.report import Reporter
-from training.run_folder import Resume, check_same_run, locked, require_usable
+from training.optim import build_optimizers
+from training.parallel import ParallelModel
+from training.progress import Progress
+from training.run_folder import Resume, check_same_run, locked, require_usable, write_config
+from training.run_log import RunLog
+from training.saving import Saver
+from training.step import Stepper
 from training.stop import StopSignals
-from training.trainer import Progress, Trainer
+from training.trainer import Trainer
+
+_NEW_RUN = -1
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
     """What a recipe names, opened and checked."""
 
-    device: torch.device
-    tokenizer: Tokenizer
+    dataset: Dataset
     model_config: ModelConfig
     loader: TokenLoader
-    validation: TokenSplit
-    data_digest: str
 
 
 def run_training(config: TrainConfig, resume: Resume, console: Console) -> bool:
     """Trains to the recipe's last step. False when a signal stopped it earlier; everything is then saved.
 
     Raises RecipeError, DataError, ResumeError or the model package's errors before anything that an earlier run
-    wrote is replaced, and DivergedError while training.
+    wrote is replaced, and DivergedError while training. Under torchrun all ranks call it.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RecipeError("WORLD_SIZE is above 1, but training runs in one process; start it without torchrun")
+    distributed = init_distributed(config.train.device)
+    with distributed.failing_together():
+        return _run(config, resume, console, distributed)
+
+
+def _run(config: TrainConfig, resume: Resume, console: Console, distributed: Distributed) -> bool:
     run_dir = Path(config.run.dir)
-    require_usable(run_dir, resume)
-    inputs = open_inputs(config)
+    if distributed.is_main:
+        require_usable(run_dir, resume)
+    inputs = open_inputs(config, distributed)
     stop = StopSignals()
-    with locked(run_dir), stop.installed():
-        trainer = make_trainer(config, inputs, console)
+    with contextlib.ExitStack() as stack:
+        if distributed.is_main:
+            stack.enter_context(locked(run_dir))
+        stack.enter_context(stop.installed())
+        trainer = stack.enter_context(make_trainer(config, inputs, console, distributed))
         trainer.should_stop = stop
-        report, step = trainer.report, trainer.progress.step
-        (run_dir / "config.toml").write_text(config_to_toml(config), encoding="utf-8")
-        try:
-            with report:
-                count = sum(parameter.numel() for parameter in trainer.model.parameters())
-                report.line(f"run {trainer.run_id}: {count:,} parameters on {inputs.device}, from step {step}")
-                finished = trainer.run()
-                report.line(f"{'finished' if finished else 'stopped and saved'} at step {trainer.progress.step}")
-        finally:
-            trainer.log.close()
+        if distributed.is_main:
+            write_config(run_dir, config)
+        report = stack.enter_context(trainer.log.report)
+        count = sum(parameter.numel() for parameter in trainer.model.parameters())
+        where = f"{distributed.world_size} × {distributed.device}" if distributed.world_size > 1 else distributed.device
+        report.line(f"run {trainer.run_id}: {count:,} parameters on {where}, from step {trainer.progress.step}")
+        finished = trainer.run()
+        report.line(f"{'finished' if finished else 'stopped and saved'} at step {trainer.progress.step}")
     return finished
 
 
-def open_inputs(config: TrainConfig) -> Inputs:
+def open_inputs(config: TrainConfig, distributed: Distributed) -> Inputs:
     """Raises RecipeError, DataError, ConfigError or TokenizerError for what cannot be used."""
-    dataset = open_dataset(config.data)
-    tokenizer = dataset.tokenizer
-    settings = config.train
-    model_config = make_model_config(config, tokenizer)
-    _check_sample_prompt(config, tokenizer, model_config)
-    return Inputs(
-        device=resolve_device(settings.device),
-        tokenizer=tokenizer,
-        model_config=model_config,
-        loader=make_loader(dataset, config.data, seq_len=settings.seq_len, seed=settings.seed),
-        validation=dataset.val,
-        data_digest=dataset.digest,
-    )
+    # Once is enough: a rank that reads what rank 0 finds damaged ends with it.
+    data = config.data if distributed.is_main else dataclasses.replace(config.data, verify=False)
+    dataset = open_dataset(data)
+    model_config = make_model_config(config, dataset.tokenizer)
+    _check_sample_prompt(config, dataset.tokenizer, model_config)
+    loader = make_loader(dataset, config.data, seq_len=config.train.seq_len, seed=config.train.seed)
+    return Inputs(dataset, model_config, loader)
 
 
 def _check_sample_prompt(config: TrainConfig, tokenizer: Tokenizer, model_config: ModelConfig) -> None:
@@ -102,56 +107,79 @@ def _check_sample_prompt(config: TrainConfig, tokenizer: Tokenizer, model_config
         )
 
 
-def make_trainer(config: TrainConfig, inputs: Inputs, console: Console) -> Trainer:
+@contextlib.contextmanager
+def make_trainer(config: TrainConfig, inputs: Inputs, console: Console, distributed: Distributed) -> Iterator[Trainer]:
     """A trainer at step 0, or at the newest whole state of `run.dir`. Raises ResumeError if that does not fit.
 
-    A new run saves its state at once: whenever it is killed, there is one to go on from.
+    A new run saves its state before the first step.
     """
     run_dir, settings = Path(config.run.dir), config.train
-    checkpoints = CheckpointManager(run_dir, inputs.tokenizer, DTYPES[config.run.save_dtype], config.run.keep)
-    found = checkpoints.find_state() if has_state(run_dir) else None
-    if found is not None:
-        check_same_run(found.state, config, inputs.data_digest)
-    model = _new_model(inputs.model_config, settings.seed, inputs.device)
-    optimizer = build_optimizer(model, settings)
-    scaler = torch.amp.GradScaler(inputs.device.type, enabled=settings.dtype == "float16")
+    if distributed.device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if settings.tf32 else "highest")
+    checkpoints = CheckpointManager(
+        run_dir, inputs.model_config, inputs.dataset.tokenizer, DTYPES[config.run.save_dtype], config.run.keep
+    )
+    found = _find_state(config, checkpoints, inputs.dataset.digest, distributed)
+    stepper = _make_stepper(config, inputs, found, distributed)
     progress, run_id = Progress(), f"{run_dir.name}-{secrets.token_hex(4)}"
     if found is not None:
-        progress, run_id = _restore(found, model, optimizer, scaler, console), found.state.run_id
-    report = Reporter(
-        console, settings.max_steps, first_step=progress.step, sample_prompt=config.run.sample_prompt,
-        sample_tokens=config.run.sample_tokens, seed=settings.seed,
-    )  # fmt: skip
-    trainer = Trainer(
-        config=config, model=model, optimizer=optimizer, scaler=scaler, loader=inputs.loader,
-        validation=inputs.validation, checkpoints=checkpoints, log=MetricsLog(run_dir / "metrics.jsonl", progress.step),
-        report=report, run_id=run_id, data_digest=inputs.data_digest, progress=progress,
-    )  # fmt: skip
-    if found is None:
-        checkpoints.save_state(model, optimizer, trainer.state())
-    return trainer
+        state = found.state
+        progress, run_id = Progress.of(state), state.run_id
+        _remove_damaged(found, console)
+    with contextlib.ExitStack() as stack:
+        stack.callback(stepper.batches.close)
+        log = RunLog(config, run_id, progress.step, console, is_main=distributed.is_main)
+        stack.callback(log.close)
+        trainer = Trainer(
+            config=config, stepper=stepper, validation=inputs.dataset.val, checkpoints=checkpoints,
+            saver=stack.enter_context(Saver(background=config.run.async_save)), log=log, run_id=run_id,
+            data_digest=inputs.dataset.digest, progress=progress,
+        )  # fmt: skip
+        if found is None:
+            trainer.save_start()
+        yield trainer
 
 
-def _new_model(config: ModelConfig, seed: int, device: torch.device) -> Transformer:
-    # Initialised on the CPU, so that every device starts from the same weights.
-    model = Transformer(config)
-    model.init_weights(seed)
-    return model.to(device)
+def _find_state(
+    config: TrainConfig, checkpoints: CheckpointManager, data_digest: str, distributed: Distributed
+) -> FoundState | None:
+    """The state that rank 0 chooses, on every rank; None for a new run."""
+    found = None
+    if distributed.is_main:
+        for parent in (checkpoints.checkpoints, checkpoints.states):
+            clear_leftovers(parent)
+        found = checkpoints.find_state() if has_state(checkpoints.run_dir) else None
+        if found is not None:
+            check_same_run(found.state, config, data_digest)
+    step = distributed.from_main(found.state.step if found is not None else _NEW_RUN)
+    if step == _NEW_RUN or found is not None:
+        return found
+    folder = checkpoints.states / f"step-{step}"
+    return FoundState(read_state(folder), folder, damaged=())
 
 
-def _restore(
-    found: FoundState,
-    model: Transformer,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    console: Console,
-) -> Progress:
-    """Loads the tensors, then removes the newer states that could not be used."""
-    state = found.state
-    load_tensors(found.folder, model, optimizer)
-    if state.scaler:
-        scaler.load_state_dict(dict(state.scaler))
+def _make_stepper(config: TrainConfig, inputs: Inputs, found: FoundState | None, distributed: Distributed) -> Stepper:
+    """Model and optimisers, with what was saved. Weights are loaded before FSDP splits them, moments after."""
+    settings = config.train
+    transformer = make_model(config, inputs.model_config)
+    saved = open_tensors(found.folder) if found is not None else None
+    if saved is not None:
+        saved.load_weights(transformer)
+    model = ParallelModel(transformer, settings, distributed)
+    optimizers = build_optimizers(transformer, settings)
+    scaler = torch.amp.GradScaler(distributed.device.type, enabled=settings.dtype == "float16")
+    if saved is not None:
+        saved.load_moments(transformer, optimizers)
+    if found is not None and found.state.scaler:
+        scaler.load_state_dict(dict(found.state.scaler))
+    batches = MicroBatches(
+        inputs.loader, settings.batch_size, settings.batch_size * distributed.world_size, distributed.device
+    )
+    return Stepper(model, optimizers, scaler, batches, settings, distributed)
+
+
+def _remove_damaged(found: FoundState, console: Console) -> None:
+    """The newer states that could not be used go, now that an older one has been loaded."""
     for folder, problem in found.damaged:
         console.print(f"removing a damaged state: {problem}", style="yellow", markup=False)
         shutil.rmtree(folder)
-    return Progress(state.step, state.best_loss, state.best_step)

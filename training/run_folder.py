@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from training.checkpoint import RunState, has_state
-from training.config import TrainConfig
+from training.config import SECTIONS, TrainConfig
 from training.errors import RecipeError, ResumeError
-from training.recipe import config_to_tree
+from training.recipe import config_to_toml, config_to_tree
 
 Resume = Literal["auto", "never"]
 
-# A resumed run may stop later, log differently or move to another machine; it may not learn something else.
+# A resumed run may stop later, log differently, use other machines and share its batches out otherwise; it may not
+# learn something else. Batch sizes are free because the data's position is counted in sequences.
 _FREE_KEYS = frozenset(
-    {"data.dir", "data.verify", "train.device", "train.compile", "train.log_interval", "train.eval_interval",
-     "train.eval_tokens", "train.save_interval", "train.max_steps", "run.dir", "run.save_dtype", "run.keep",
-     "run.sample_prompt", "run.sample_tokens"}
+    {"data.dir", "data.verify", "train.device", "train.compile", "train.parallel", "train.activation_checkpointing",
+     "train.batch_size", "train.grad_accum_steps", "train.log_interval", "train.eval_interval", "train.eval_tokens",
+     "train.early_stopping", "train.max_skipped_steps", "train.save_interval", "train.max_steps", "run.dir",
+     "run.save_dtype", "run.keep", "run.async_save", "run.tensorboard", "run.wandb", "run.sample_prompt",
+     "run.sample_tokens"}
 )  # fmt: skip
 
 
@@ -38,7 +43,7 @@ def check_same_run(state: RunState, config: TrainConfig, data_digest: str) -> No
     """Raises ResumeError, naming the first key whose change would make this another run."""
     before, now = state.config, config_to_tree(config)
     for section in sorted({*before, *now}):
-        old, new = before.get(section, {}), now.get(section, {})
+        old, new = (_with_defaults(section, tree.get(section, {})) for tree in (before, now))
         for key in sorted({*old, *new}):
             if old.get(key) != new.get(key) and f"{section}.{key}" not in _FREE_KEYS:
                 raise ResumeError(
@@ -47,6 +52,12 @@ def check_same_run(state: RunState, config: TrainConfig, data_digest: str) -> No
                 )
     if state.data_digest != data_digest:
         raise ResumeError(f"data.dir {config.data.dir}: other data than this run was started with")
+
+
+def _with_defaults(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """A key that a release before did not know had its default."""
+    fields = dataclasses.fields(SECTIONS[section]) if section in SECTIONS else ()
+    return {field.name: field.default for field in fields} | dict(values)
 
 
 @contextmanager
@@ -59,3 +70,10 @@ def locked(run_dir: Path) -> Iterator[None]:
         except OSError:
             raise ResumeError(f"{run_dir}: another process is training into this folder") from None
         yield
+
+
+def write_config(run_dir: Path, config: TrainConfig) -> None:
+    """config.toml, the resolved recipe. Raises OSError, and then an older one is as it was."""
+    partial = run_dir / "config.toml.tmp"
+    partial.write_text(config_to_toml(config), encoding="utf-8")
+    os.replace(partial, run_dir / "config.toml")

@@ -2,246 +2,249 @@
 
     python -m training train training/configs/shakespeare.toml data.dir=data/shakespeare run.dir=runs/shakespeare
 
-A step depends on nothing but the weights, the optimiser's state and the step's number: the learning rate, the data
-and the seed of dropout are functions of it. That is what makes a resumed run equal the uninterrupted one bit by bit.
+A step depends on nothing but the weights, the optimisers' state, its number and the number of sequences consumed
+before it: the learning rate, the data and the seeds of dropout are functions of these. That is what makes a resumed
+run equal the uninterrupted one bit by bit, and keeps the data's order when the number of ranks changes.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from model.checkpoint import Provenance
 from model.transformer import Transformer
 from training.build import DTYPES
-from training.checkpoint import CheckpointManager, RunState
+from training.checkpoint import CheckpointManager, RunState, Snapshot
 from training.config import TrainConfig
-from training.data import TokenLoader, TokenSplit
 from training.errors import DivergedError
-from training.evaluate import Evaluation, evaluate_loss
-from training.loss import summed_cross_entropy
-from training.metrics import MetricsLog, flops_per_token, peak_flops
-from training.optim import set_learning_rate
+from training.evaluate import Evaluation, Tokens, evaluate_windows
+from training.metrics import flops_per_token, peak_flops, peak_memory
+from training.optim import optimizer_tensors
+from training.progress import Progress, Stopwatch
 from training.recipe import config_to_tree
-from training.report import Reporter
-from training.schedule import learning_rate
-
-
-@dataclass(slots=True)
-class Progress:
-    """Where the run stands."""
-
-    step: int = 0
-    best_loss: float | None = None
-    best_step: int | None = None
-    last_evaluation: Evaluation | None = None
-
-
-@dataclass(slots=True)
-class Stopwatch:
-    """Seconds spent in training steps since the last reading."""
-
-    seconds: float = 0.0
-    tokens: int = 0
-
-    def read(self) -> float:
-        """Tokens per second, and start anew."""
-        rate = self.tokens / self.seconds if self.seconds else 0.0
-        self.seconds, self.tokens = 0.0, 0
-        return rate
+from training.run_log import RunLog
+from training.saving import Saver, Snapshots
+from training.schedule import lr_factor
+from training.step import Stepper, StepResult
 
 
 @dataclass(slots=True)
 class Trainer:
-    """Runs a recipe from `progress.step` to its last step. `should_stop` is asked after every step."""
+    """Runs a recipe from `progress` to its last step; all ranks do, and rank 0 writes. `should_stop` is asked often.
+
+    To be entered as a context manager: leaving it waits for what is being saved.
+    """
 
     config: TrainConfig
-    model: Transformer
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    loader: TokenLoader
-    validation: TokenSplit
+    stepper: Stepper
+    validation: Tokens
     checkpoints: CheckpointManager
-    log: MetricsLog
-    report: Reporter
+    saver: Saver
+    log: RunLog
     run_id: str
     data_digest: str
     progress: Progress = field(default_factory=Progress)
     should_stop: Callable[[], bool] = lambda: False
-    _forward: Callable[[Tensor, Tensor], Tensor] = field(init=False)
+    _snapshots: Snapshots = field(init=False)
     _flops_per_token: float = field(init=False)
-    _peak_flops: float | None = field(init=False)
+    _peak_flops: float | None = field(init=False, default=None)
     _watch: Stopwatch = field(default_factory=Stopwatch)
-    _speed: float = 0.0
 
     def __post_init__(self) -> None:
-        self._forward = torch.compile(self._micro_loss) if self.config.train.compile else self._micro_loss
-        self._flops_per_token = flops_per_token(self.model, self.model.config, self.config.train.seq_len)
-        self._peak_flops = peak_flops(self.model.device, DTYPES[self.config.train.dtype])
+        settings, distributed = self.config.train, self.stepper.distributed
+        self._snapshots = Snapshots(distributed)
+        self._flops_per_token = flops_per_token(self.model, self.model.config, settings.seq_len)
+        if distributed.is_main:
+            self._peak_flops = peak_flops(distributed.device, DTYPES[settings.dtype], tf32=settings.tf32)
+
+    @property
+    def model(self) -> Transformer:
+        return self.stepper.model.transformer
 
     def run(self) -> bool:
-        """Trains until the last step or until asked to stop, and saves. True when the last step was reached."""
-        settings, last = self.config.train, self.config.train.max_steps
-        while self.progress.step < last:
-            loss = self.timed_step()
-            step = self.progress.step
-            stopping = self.should_stop()
-            ends = step == last
-            saves = ends or stopping or step % settings.save_interval == 0
-            if ends or step % settings.log_interval == 0:
-                self._log_step(loss)
-            elif saves:
-                self._require_finite(loss.item())
-            if ends or step % settings.eval_interval == 0:
-                self._evaluate()
-            if saves:
-                self._save()
-            if stopping and not ends:
+        """Trains until the last step, the early end, or until asked to stop, and saves. False for the last of these."""
+        settings, progress = self.config.train, self.progress
+        while progress.step < settings.max_steps and not self._ends_early():
+            result = self.train_step()
+            self._guard(result)
+            step = progress.step
+            is_last = step == settings.max_steps
+            if is_last or step % settings.log_interval == 0:
+                self._log_step(result)
+            is_best = self._validate() if is_last or step % settings.eval_interval == 0 else False
+            saves = is_last or result.stop or self._ends_early() or step % settings.save_interval == 0
+            if saves or is_best:
+                self._save(best=is_best, whole=saves)
+            self.saver.check()
+            if result.stop and not is_last:
+                self.saver.wait()
                 return False
+        self.saver.wait()
+        self.log.page(now=True)
         return True
 
-    def timed_step(self) -> Tensor:
-        """`train_step` of the next step, on the stopwatch."""
-        start = time.perf_counter()
-        loss = self.train_step(self.progress.step)
-        self.progress.step += 1
-        if self.progress.step % self.config.train.log_interval == 0 and self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
-        self._watch.seconds += time.perf_counter() - start
-        self._watch.tokens += self.config.tokens_per_step
-        self.report.advance()
-        return loss
+    def train_step(self) -> StepResult:
+        """The next step, on the stopwatch."""
+        progress, start = self.progress, time.perf_counter()
+        result = self.stepper.step(progress.step, progress.sequences, stop=self.should_stop())
+        progress.advance(self.stepper.sequences_per_step, skipped=result.skipped)
+        self._watch.add(time.perf_counter() - start, self.stepper.sequences_per_step * self.config.train.seq_len)
+        self.log.report.advance()
+        return result
 
-    def train_step(self, step: int) -> Tensor:
-        """One optimiser step (0-based). Returns its mean loss, nats per token, still on the device."""
-        settings = self.config.train
-        set_learning_rate(self.optimizer, self._learning_rate(step))
-        self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self.model.device)
-        for micro in range(step * settings.grad_accum_steps, (step + 1) * settings.grad_accum_steps):
-            inputs, targets = self._batch(micro)
-            torch.manual_seed(_dropout_seed(settings.seed, micro, 0))
-            loss = self._forward(inputs, targets) / settings.grad_accum_steps
-            torch.autograd.backward(self.scaler.scale(loss))
-            total += loss.detach()
-        if settings.grad_clip:
-            self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.grad_clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        return total
-
-    def _micro_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        settings = self.config.train
-        with torch.autocast(inputs.device.type, DTYPES[settings.dtype], enabled=settings.dtype != "float32"):
-            total = summed_cross_entropy(
-                self.model.compute_logits, self.model(inputs), targets, vocab_size=self.model.config.vocab_size
+    def _guard(self, result: StepResult) -> None:
+        """Raises DivergedError after too many skipped steps in a row; none of them has changed the weights."""
+        progress, limit = self.progress, max(1, self.config.train.max_skipped_steps)
+        if result.skipped:
+            self.log.report.line(
+                f"step {progress.step}  skipped: loss {result.loss}, gradient norm {result.grad_norm} "
+                f"({progress.skips_in_a_row} in a row)"
             )
-        return total / targets.numel()
+        if progress.skips_in_a_row >= limit:
+            raise DivergedError(
+                f"the loss is {result.loss} and the gradient norm {result.grad_norm} at step {progress.step}, the "
+                f"{limit}. step in a row without a usable gradient; lower train.lr and start a new run.dir, "
+                f"for {self.checkpoints.states} keeps the last good state"
+            )
 
-    def _batch(self, micro_step: int) -> tuple[Tensor, Tensor]:
-        size = self.config.train.batch_size
-        arrays = self.loader.batch(micro_step * size, size)
-        inputs, targets = (torch.from_numpy(array) for array in arrays)
-        device = self.model.device
-        if device.type == "cuda":
-            inputs, targets = inputs.pin_memory(), targets.pin_memory()
-        return inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+    def _ends_early(self) -> bool:
+        patience = self.config.train.early_stopping
+        return patience > 0 and self.progress.validations_since_best >= patience
 
-    def _learning_rate(self, step: int) -> float:
-        settings = self.config.train
-        return learning_rate(
-            step, peak=settings.lr, min_ratio=settings.min_lr_ratio,
-            warmup_steps=settings.warmup_steps, max_steps=settings.max_steps,
-        )  # fmt: skip
-
-    def _evaluate(self) -> None:
-        settings = self.config.train
-        result = evaluate_loss(
-            self.model, self.validation, seq_len=settings.seq_len, batch_size=settings.batch_size,
-            max_tokens=settings.eval_tokens, autocast=None if settings.dtype == "float32" else DTYPES[settings.dtype],
-        )  # fmt: skip
-        self._require_finite(result.loss)
-        self.progress.last_evaluation = result
+    def _validate(self) -> bool:
+        """Validates, logs and shows a sample. True when no validation was better before."""
+        settings, model = self.config.train, self.stepper.model
+        with model.evaluating():
+            result = evaluate_windows(
+                model.validation_loss, self.validation, self.stepper.distributed, seq_len=settings.seq_len,
+                batch_size=settings.batch_size, max_tokens=settings.eval_tokens,
+            )  # fmt: skip
+        if not math.isfinite(result.loss):
+            raise DivergedError(
+                f"the validation loss is {result.loss} at step {self.progress.step}; lower train.lr and start a new "
+                f"run.dir, for {self.checkpoints.states} keeps the last good state"
+            )
+        is_best = self.progress.validated(result)
         self._write("val", result.loss, perplexity=result.perplexity, bits_per_byte=result.bits_per_byte)
-        is_best = self.progress.best_loss is None or result.loss < self.progress.best_loss
-        if is_best:
-            self.progress.best_loss, self.progress.best_step = result.loss, self.progress.step
-            self.checkpoints.save_best(self.model, self._provenance())
-        self.report.evaluation(self.progress.step, result, is_best)
-        self.report.sample(self.model, self.checkpoints.tokenizer)
+        self.log.report.evaluation(self.progress.step, result, is_best)
+        self._show_sample()
+        self.log.page(now=False)
+        return is_best
 
-    def _log_step(self, loss: Tensor) -> None:
-        value = loss.item()
-        self._require_finite(value)
-        self._speed = self._watch.read()
-        self._write("train", value)
-        rate = self._learning_rate(self.progress.step - 1)
-        self.report.training(self.progress.step, value, rate, self._speed, self._mfu())
+    def _show_sample(self) -> None:
+        if not self.config.run.sample_tokens:
+            return
+        model = self.model
+        if self.stepper.model.is_sharded:
+            self.saver.wait()  # the snapshot's memory is about to be written anew
+            model = self._whole_model()
+        if self.stepper.distributed.is_main:
+            self.log.report.sample(model, self.checkpoints.tokenizer)
+
+    def _whole_model(self) -> Transformer:
+        """On rank 0 a copy with the gathered weights. Collective."""
+        weights = self._snapshot(whole=False).weights
+        with torch.device("meta"):
+            model = Transformer(self.model.config)
+        if weights:
+            device = self.stepper.distributed.device
+            model.load_state_dict({name: tensor.to(device) for name, tensor in weights.items()}, assign=True)
+        return model
+
+    def _log_step(self, result: StepResult) -> None:
+        speed = self._watch.read()
+        self._write(
+            "train", result.loss, grad_norm=result.grad_norm, skipped_steps=self.progress.skipped_steps,
+            memory=peak_memory(self.stepper.distributed.device),
+        )  # fmt: skip
+        self.log.report.training(self.progress.step, result.loss, self._learning_rate(), speed, self._mfu())
+
+    def _learning_rate(self) -> float:
+        """Of the last step."""
+        return self.config.train.lr * lr_factor(self.progress.step - 1, self.config.train)
 
     def _mfu(self) -> float | None:
-        return None if self._peak_flops is None else self._speed * self._flops_per_token / self._peak_flops
+        if self._peak_flops is None or self._watch.speed is None:
+            return None
+        return self._watch.speed * self._flops_per_token / (self._peak_flops * self.stepper.distributed.world_size)
 
     def _write(self, split: str, loss: float, **more: float) -> None:
         """One line of metrics.jsonl; speed is that of the last logged steps."""
-        step, mfu = self.progress.step, self._mfu()
+        speed, mfu = self._watch.speed, self._mfu()
         self.log.write(
-            step=step,
+            step=self.progress.step,
             split=split,
             loss=loss,
-            lr=self._learning_rate(step - 1),
-            tokens_per_second=round(self._speed, 1),
+            lr=self._learning_rate(),
+            tokens_per_second=None if speed is None else round(speed, 1),
             mfu=None if mfu is None else round(mfu, 5),
-            tokens=step * self.config.tokens_per_step,
+            tokens=self.progress.sequences * self.config.train.seq_len,
             **more,
         )
 
     def state(self) -> RunState:
         """Where the run stands, for `CheckpointManager.save_state`."""
+        progress = self.progress
         return RunState(
-            step=self.progress.step,
+            step=progress.step,
+            sequences=progress.sequences,
             run_id=self.run_id,
-            best_loss=self.progress.best_loss,
-            best_step=self.progress.best_step,
+            best_loss=progress.best_loss,
+            best_step=progress.best_step,
+            validations_since_best=progress.validations_since_best,
+            skipped_steps=progress.skipped_steps,
+            skips_in_a_row=progress.skips_in_a_row,
             data_digest=self.data_digest,
             config=config_to_tree(self.config),
-            scaler=self.scaler.state_dict(),
+            scaler=self.stepper.scaler.state_dict(),
         )
 
-    def _save(self) -> None:
-        self.checkpoints.save_last(self.model, self.progress.step, self._provenance())
-        self.checkpoints.save_state(self.model, self.optimizer, self.state())
+    def save_start(self) -> None:
+        """The state of step 0, at once: whenever the run is killed, there is one to go on from."""
+        snapshot = self._snapshot(whole=True)
+        if self.stepper.distributed.is_main:
+            self.checkpoints.save_state(snapshot, self.state())
+
+    def _save(self, *, best: bool, whole: bool) -> None:
+        """Starts writing `best`, or `last` with the state to go on from, or all of them, from one snapshot.
+
+        The state comes last: a crash before it is there leads back to the state before, which makes the rest anew.
+        """
+        self.saver.wait()
+        snapshot = self._snapshot(whole=whole)
+        if not self.stepper.distributed.is_main:
+            return
+        provenance, state, checkpoints = self._provenance(), self.state(), self.checkpoints
+
+        def write() -> None:
+            if best:
+                checkpoints.save_best(snapshot, provenance)
+            if whole:
+                checkpoints.save_last(snapshot, state.step, provenance)
+                checkpoints.save_state(snapshot, state)
+
+        self.saver.submit(write)
+
+    def _snapshot(self, *, whole: bool) -> Snapshot:
+        """`whole`: with the optimisers' moments. Collective."""
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        if whole:
+            moments = optimizer_tensors(self.stepper.optimizers, self.model)
+            tensors |= {f"optimizer.{name}": tensor for name, tensor in moments.items()}
+        return Snapshot(self._snapshots.take(tensors))
 
     def _provenance(self) -> Provenance:
         """The validation figures are given only where they are those of this very step."""
-        result = self.progress.last_evaluation
-        evaluated = result is not None and self._evaluated_now()
+        result: Evaluation | None = self.progress.evaluation_now
         return Provenance(
             step=self.progress.step,
             run=self.run_id,
             data=f"sha256:{self.data_digest}",
-            validation_loss=result.loss if result and evaluated else None,
-            bits_per_byte=result.bits_per_byte if result and evaluated else None,
+            validation_loss=result.loss if result else None,
+            bits_per_byte=result.bits_per_byte if result else None,
         )
-
-    def _evaluated_now(self) -> bool:
-        settings, step = self.config.train, self.progress.step
-        return step == settings.max_steps or step % settings.eval_interval == 0
-
-    def _require_finite(self, loss: float) -> None:
-        if not np.isfinite(loss):
-            raise DivergedError(
-                f"the loss is {loss} at step {self.progress.step}; lower train.lr, or resume from the last state"
-            )
-
-
-def _dropout_seed(seed: int, micro_step: int, rank: int) -> int:
-    """A seed of its own for every micro-step and rank, so that no random state has to be kept."""
-    sequence = np.random.SeedSequence([seed, micro_step, rank])
-    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))

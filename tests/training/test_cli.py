@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.training.conftest import ConfigMaker
 from training import cli
 from training.recipe import config_to_toml
+from training.step import StepResult
 from training.trainer import Trainer
 
 
@@ -77,9 +77,9 @@ def test_sigterm_ends_training_with_status_0(
 ) -> None:
     original = Trainer.train_step
 
-    def signalling(self: Trainer, step: int) -> torch.Tensor:
+    def signalling(self: Trainer) -> StepResult:
         os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, step)
+        return original(self)
 
     monkeypatch.setattr(Trainer, "train_step", signalling)
     (tmp_path / "recipe.toml").write_text(config_to_toml(make_config()))

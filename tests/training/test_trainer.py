@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -17,13 +18,16 @@ from safetensors.torch import load_file
 import training.run
 from model.errors import CheckpointError
 from tests.training.conftest import ConfigMaker, make_text, train
+from training.batches import MicroBatches
 from training.checkpoint import step_folders
 from training.config import TrainConfig
-from training.errors import DivergedError, RecipeError, ResumeError
+from training.distributed import Distributed
+from training.errors import RecipeError, ResumeError
 from training.metrics import flops_per_token
 from training.optim import build_optimizer, decay_groups
 from training.prepare import PrepareRequest, prepare
 from training.run import make_trainer, open_inputs
+from training.step import StepResult
 from training.trainer import Trainer
 
 TrainerMaker = Callable[[TrainConfig], Trainer]
@@ -32,22 +36,21 @@ TrainerMaker = Callable[[TrainConfig], Trainer]
 @pytest.fixture
 def new_trainer() -> Iterator[TrainerMaker]:
     """A trainer that is driven by hand."""
-    made: list[Trainer] = []
+    alone = Distributed(torch.device("cpu"))
+    with contextlib.ExitStack() as stack:
 
-    def make(config: TrainConfig) -> Trainer:
-        Path(config.run.dir).mkdir(parents=True, exist_ok=True)
-        made.append(make_trainer(config, open_inputs(config), Console(quiet=True)))
-        return made[-1]
+        def make(config: TrainConfig) -> Trainer:
+            Path(config.run.dir).mkdir(parents=True, exist_ok=True)
+            inputs = open_inputs(config, alone)
+            return stack.enter_context(make_trainer(config, inputs, Console(quiet=True), alone))
 
-    yield make
-    for trainer in made:
-        trainer.log.close()
+        yield make
 
 
 def metrics(config: TrainConfig) -> list[dict[str, object]]:
     """The log without what depends on the clock."""
     lines = [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "mfu")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "mfu", "memory")} for line in lines]
 
 
 def final_bytes(config: TrainConfig) -> list[bytes]:
@@ -65,7 +68,10 @@ def test_a_run_leaves_what_the_contract_names(make_config: ConfigMaker) -> None:
     config = make_config(run__keep=1)
     output = train(config)
     run = Path(config.run.dir)
-    assert {path.name for path in run.iterdir()} == {".lock", "config.toml", "metrics.jsonl", "checkpoints", "state"}
+    assert {path.name for path in run.iterdir()} == {
+        *(".lock", "config.toml", "metrics.jsonl", "report.html"),
+        *("checkpoints", "state"),
+    }
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"best", "last", "step-8"}
     assert {path.name for path in (run / "state").iterdir()} == {"step-4", "step-8"}
     assert not [path for path in run.rglob("*") if path.suffix in (".pt", ".pkl", ".bin")]
@@ -95,10 +101,10 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     original = Trainer.train_step
     for stop_before in (3, 6):  # dies between saves: steps since the last one are lost and made again
 
-        def failing(self: Trainer, step: int, limit: int = stop_before) -> torch.Tensor:
-            if step == limit:
+        def failing(self: Trainer, limit: int = stop_before) -> StepResult:
+            if self.progress.step == limit:
                 raise ConnectionError("power cut")
-            return original(self, step)
+            return original(self)
 
         monkeypatch.setattr(Trainer, "train_step", failing)
         with pytest.raises(ConnectionError):
@@ -117,10 +123,10 @@ def test_sigterm_saves_and_the_run_goes_on_from_there(
     train(whole)
     original = Trainer.train_step
 
-    def signalling(self: Trainer, step: int) -> torch.Tensor:
-        if step == 2:
+    def signalling(self: Trainer) -> StepResult:
+        if self.progress.step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, step)
+        return original(self)
 
     monkeypatch.setattr(Trainer, "train_step", signalling)
     assert "stopped and saved at step 3" in train(parts)
@@ -175,7 +181,7 @@ def test_two_processes_do_not_share_a_run_folder(make_config: ConfigMaker, monke
     config = make_config()
     original = training.run.make_trainer
 
-    def nested(*args: object) -> Trainer:
+    def nested(*args: object) -> object:
         monkeypatch.setattr(training.run, "make_trainer", original)
         with pytest.raises(ResumeError, match="another process"):
             train(config)
@@ -193,9 +199,9 @@ def test_accumulated_gradients_equal_those_of_the_larger_batch(
     for count in (1, 4):
         sizes = {"train__batch_size": 4 // count, "train__grad_accum_steps": count}
         trainers.append(new_trainer(make_config(model__dropout=0.0, run__dir=str(tmp_path / str(count)), **sizes)))
-    for step in range(3):
-        one, many = (trainer.train_step(step) for trainer in trainers)
-        torch.testing.assert_close(one, many, rtol=1e-5, atol=1e-6)
+    for _ in range(3):
+        one, many = (trainer.train_step().loss for trainer in trainers)
+        assert one == pytest.approx(many, rel=1e-5)
     for large, small in zip(*(trainer.model.parameters() for trainer in trainers), strict=True):
         torch.testing.assert_close(large.grad, small.grad, rtol=1e-3, atol=1e-6)
 
@@ -204,7 +210,7 @@ def test_one_step_is_adamw_by_the_book(make_config: ConfigMaker, new_trainer: Tr
     """w − lr·(m̂ / (√v̂ + eps) + decay·w); at the first step m̂ / √v̂ is the gradient's sign."""
     trainer = new_trainer(make_config(model__dropout=0.0, train__warmup_steps=0, train__grad_clip=0.0))
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    trainer.train_step(0)
+    trainer.train_step()
     for name, parameter in trainer.model.named_parameters():
         gradient = parameter.grad
         assert gradient is not None
@@ -230,14 +236,18 @@ def test_decay_groups_hold_every_parameter_once(make_config: ConfigMaker, new_tr
 
 def test_gradients_are_clipped(make_config: ConfigMaker, new_trainer: TrainerMaker) -> None:
     trainer = new_trainer(make_config(train__grad_clip=1e-3))
-    trainer.train_step(0)
+    trainer.train_step()
     norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in trainer.model.parameters()]))  # type: ignore[union-attr]
     assert norm.item() == pytest.approx(1e-3, rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_single_batch_is_learnt_by_heart(
-    dtype: str, make_config: ConfigMaker, new_trainer: TrainerMaker, tmp_path: Path
+    dtype: str,
+    make_config: ConfigMaker,
+    new_trainer: TrainerMaker,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "short.txt").write_text(make_text(40, seed=1), encoding="utf-8")
     data = tmp_path / "short"
@@ -247,10 +257,11 @@ def test_a_single_batch_is_learnt_by_heart(
         train__lr=3e-3, train__dtype=dtype,
     )  # fmt: skip
     trainer = new_trainer(config)
-    trainer.loader = FirstBatch(trainer)  # type: ignore[assignment]
-    first = trainer.train_step(0).item()
-    for step in range(1, 150):
-        last = trainer.train_step(step).item()
+    first_batch = trainer.stepper.batches.get(0)
+    monkeypatch.setattr(MicroBatches, "get", lambda self, first: first_batch)
+    first = trainer.train_step().loss
+    for _ in range(1, 150):
+        last = trainer.train_step().loss
     assert first > 4.0
     assert last < 0.3
 
@@ -260,38 +271,10 @@ def test_half_precision_learns_like_single(make_config: ConfigMaker, new_trainer
     for dtype in ("float32", "float16"):
         config = make_config(model__dropout=0.0, train__dtype=dtype, run__dir=str(tmp_path / dtype))
         trainer = new_trainer(config)
-        losses[dtype] = [trainer.train_step(step).item() for step in range(4)]
-        assert trainer.scaler.is_enabled() == (dtype == "float16")
+        losses[dtype] = [trainer.train_step().loss for _ in range(4)]
+        assert trainer.stepper.scaler.is_enabled() == (dtype == "float16")
     assert losses["float16"] == pytest.approx(losses["float32"], abs=0.02)
     assert losses["float16"][-1] < losses["float16"][0] - 0.1
-
-
-class FirstBatch:
-    """Gives the loader's first batch for ever."""
-
-    rank, world_size = 0, 1
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._batch = trainer.loader.batch(0)
-
-    def batch(self, micro_step: int) -> tuple[object, object]:
-        return self._batch
-
-
-def test_a_loss_that_is_no_number_stops_the_run_before_it_saves(
-    make_config: ConfigMaker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = make_config()
-    original = Trainer.train_step
-
-    def diverging(self: Trainer, step: int) -> torch.Tensor:
-        loss = original(self, step)
-        return loss * float("nan") if step == 6 else loss
-
-    monkeypatch.setattr(Trainer, "train_step", diverging)
-    with pytest.raises(DivergedError, match="the loss is nan at step 7; lower"):
-        train(config)
-    assert step_folders(Path(config.run.dir) / "state")[-1][0] == 4
 
 
 def test_a_full_disk_is_one_clear_error_and_keeps_the_last_checkpoint(
@@ -361,7 +344,7 @@ def test_impossible_recipes_name_what_is_wrong(make_config: ConfigMaker, monkeyp
             train(config)
         assert not Path(config.run.dir).exists()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RecipeError, match="start it without torchrun"):
+    with pytest.raises(RecipeError, match="WORLD_SIZE is 2 but RANK is not set; start the run by torchrun"):
         train(make_config())
 
 
@@ -377,5 +360,5 @@ def test_compiled_training_equals_eager(make_config: ConfigMaker, new_trainer: T
             run__dir=str(tmp_path / f"{compiled}"),
         )
         trainer = new_trainer(config)
-        losses.append([trainer.train_step(step).item() for step in range(3)])
+        losses.append([trainer.train_step().loss for _ in range(3)])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)

@@ -1,0 +1,60 @@
+"""Micro-batches on the device, the next one fetched while the current one is computed."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Pair = tuple[Tensor, Tensor]
+
+
+class Sequences(Protocol):
+    """What `training.data.TokenLoader` gives: sequences by their number in the run."""
+
+    def batch(self, first: int, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]: ...
+
+
+class MicroBatches:
+    """Sequences as inputs and targets [B, T] on `device`.
+
+    A batch depends on its numbers alone. What was fetched ahead is only used if it is what is asked for, so the
+    thread cannot change what is learnt. `stride` is the distance to the next batch that will be wanted.
+    """
+
+    def __init__(self, loader: Sequences, count: int, stride: int, device: torch.device) -> None:
+        self._loader, self._count, self._stride, self._device = loader, count, stride, device
+        self._pool = ThreadPoolExecutor(1, "batches", initializer=self._prepare)
+        self._ahead: tuple[int, Future[Pair]] | None = None
+
+    def get(self, first: int) -> Pair:
+        """Sequences number first … first + count − 1."""
+        inputs, targets = self._take(first)
+        self._ahead = (first + self._stride, self._pool.submit(self._fetch, first + self._stride))
+        return inputs.to(self._device, non_blocking=True), targets.to(self._device, non_blocking=True)
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def _prepare(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # or pinning memory would open the first one
+
+    def _take(self, first: int) -> Pair:
+        if self._ahead is not None and self._ahead[0] == first:
+            return self._ahead[1].result()
+        return self._fetch(first)
+
+    def _fetch(self, first: int) -> Pair:
+        arrays = self._loader.batch(first, self._count)
+        inputs, targets = (torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)
+        return (inputs.pin_memory(), targets.pin_memory()) if self._device.type == "cuda" else (inputs, targets)
+
+
+def dropout_seed(seed: int, first: int) -> int:
+    """A seed for the micro-batch that starts at sequence `first`: no random state has to be kept or shared."""
+    return int(np.random.SeedSequence([seed, first]).generate_state(1, np.uint64)[0] >> np.uint64(1))
