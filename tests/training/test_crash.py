@@ -1,0 +1,260 @@
+"""Runs killed at any moment, or met by a full disk, go on as if nothing had happened, to the byte."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.training.crash_harness import (
+    ROOT,
+    Launcher,
+    Result,
+    Workshop,
+    check_whole,
+    launched,
+    leftovers,
+    make_workshop,
+    outcome,
+)
+
+KILLED = -signal.SIGKILL
+HALF = {"float32": (), "bfloat16": ("train.dtype=bfloat16",)}
+ASYNC = "run.async_save=true"
+# Operations that can find no room although they write no content.
+ALLOCATING = ("mkdir", "link", "rename", "replace", "fsync", "serialize_file")
+
+
+@pytest.fixture(scope="module")
+def launcher() -> Iterator[Launcher]:
+    with launched() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def workshop(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return make_workshop(tmp_path_factory.mktemp("crash"), launcher)
+
+
+class Broken:
+    """A run and the same run broken off, from its start or from half way, under some overrides."""
+
+    def __init__(self, workshop: Workshop, *overrides: str, fresh: bool = False) -> None:
+        self.workshop, self.overrides, self.start = workshop, overrides, None if fresh else workshop.new("half-way")
+        if self.start is not None:
+            result = workshop.train(self.start, *overrides, kill_when="run/state/step-2")
+            assert result.status == KILLED
+            check_whole(self.start / "run")
+        whole = workshop.new("whole")
+        assert workshop.train(whole, *overrides).status == 0
+        self.expected = outcome(whole / "run")
+        place = workshop.new("survey", self.start)
+        survey = workshop.train(place, *overrides, survey="run")
+        assert survey.status == 0
+        assert outcome(place / "run") == self.expected
+        self.operations = survey.operations
+
+    def distinct(self) -> list[int]:
+        """The operations before which the folder is not what it was before the last one."""
+        changes = zip(self.operations, [("", ""), *self.operations], strict=False)
+        return [number for number, ((_, now), (_, before)) in enumerate(changes) if now != before]
+
+    def hit(self, **fault: object) -> tuple[Path, Result]:
+        place = self.workshop.new("broken", self.start)
+        result = self.workshop.train(place, *self.overrides, **fault)
+        if self.start is not None:
+            check_whole(place / "run")
+        return place, result
+
+    def resume(self, place: Path, what: str) -> None:
+        resumed = self.workshop.train(place, *self.overrides)
+        assert (resumed.status, resumed.stderr) == (0, ""), what
+        assert leftovers(place / "run") == [], what
+        assert outcome(place / "run") == self.expected, what
+
+    def kill(self, number: int) -> None:
+        place, result = self.hit(kill_at=number)
+        assert result.status in (KILLED, 0)  # saved beside the steps, a run's operations are not always as many
+        self.resume(place, f"killed before operation {number}")
+
+    def fill_disk(self, **fault: object) -> bool:
+        """Whether the fault was met: a run may be done writing when the disk becomes full."""
+        place, result = self.hit(**fault)
+        if result.status:
+            assert_clear_error(result, place)
+            assert leftovers(place / "run") == [], fault
+        self.resume(place, str(fault))
+        return bool(result.status)
+
+
+def assert_clear_error(result: Result, place: Path) -> None:
+    assert result.status == 1, result.stderr
+    assert result.stderr.startswith("error: "), result.stderr
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert "run/" in result.stderr or str(place) in result.stderr, f"names no file: {result.stderr}"
+    assert "No space left" in result.stderr or "File too large" in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize(("dtype", "offset"), [("float32", 0), ("bfloat16", 1)])
+def test_killed_inside_a_save_and_resumed(dtype: str, offset: int, workshop: Workshop) -> None:
+    """Before every third operation that changes the folder, from the resumption of a run to its end."""
+    broken = Broken(workshop, *HALF[dtype])
+    points = broken.distinct()
+    assert len(points) > 40  # the hook has met the save's operations
+    for number in points[offset::3]:
+        broken.kill(number)
+
+
+def test_killed_at_its_start_and_resumed(workshop: Workshop) -> None:
+    broken = Broken(workshop, fresh=True)
+    for number in random.Random(0).sample(broken.distinct(), 6):
+        broken.kill(number)
+
+
+def test_killed_while_saving_beside_the_steps(workshop: Workshop) -> None:
+    broken = Broken(workshop, ASYNC)
+    for number in random.Random(0).sample(broken.distinct(), 6):
+        broken.kill(number)
+
+
+def random_kills(workshop: Workshop, count: int, *overrides: str) -> None:
+    """One run that `count` SIGKILLs break off, each at a moment within what is left of it, then resumed to its end."""
+    longer = ("train.max_steps=40", "train.save_interval=4", "train.eval_interval=8", ASYNC, *overrides)
+    whole = workshop.new("whole")
+    seconds = workshop.train(whole, *longer).seconds
+    place, chance, killed = workshop.new("broken"), random.Random(1), 0
+    for _ in range(20 * count):
+        result = workshop.train(place, *longer, kill_after=chance.random() * seconds / 2)
+        if (place / "run" / "state" / "step-8").exists():
+            check_whole(place / "run")
+        if result.status == 0:  # it came to its end: begin another
+            assert outcome(place / "run") == outcome(whole / "run")
+            place = workshop.new("broken")
+        killed += result.status == KILLED
+        if killed == count:
+            break
+    assert killed == count
+    assert workshop.train(place, *longer).status == 0
+    assert leftovers(place / "run") == []
+    assert outcome(place / "run") == outcome(whole / "run")
+
+
+def test_killed_at_random_moments(workshop: Workshop) -> None:
+    random_kills(workshop, 6)
+
+
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on_afterwards(workshop: Workshop) -> None:
+    """No file can grow any more, from every ninth operation on; every ninth operation in turn finds no room."""
+    broken = Broken(workshop)
+    numbers = range(0, len(broken.operations), 9)
+    assert sum(broken.fill_disk(disk_full_at=number) for number in numbers) > len(numbers) / 2
+    refusable = [number for number, (name, _) in enumerate(broken.operations) if name in ALLOCATING]
+    for number in refusable[::9]:
+        assert broken.fill_disk(refuse_at=number)
+
+
+def test_a_full_disk_while_saving_beside_the_steps(workshop: Workshop) -> None:
+    broken = Broken(workshop, ASYNC)
+    for number in random.Random(0).sample(broken.distinct(), 4):
+        broken.fill_disk(disk_full_at=number)
+
+
+def test_a_full_disk_at_the_very_start(workshop: Workshop) -> None:
+    broken = Broken(workshop, fresh=True)
+    for number in (0, 1, 5, 20, 40):
+        broken.fill_disk(disk_full_at=number)
+
+
+PREPARE = ("prepare", "--input", "../words.txt", "--out", "run", "--tokenizer", "bytes")
+
+
+def test_prepare_killed_or_without_room_leaves_nothing_half_written(workshop: Workshop, launcher: Launcher) -> None:
+    place = workshop.new("prepare")
+    survey = launcher.run(place, *PREPARE, survey="run")
+    expected = {path.name: path.read_bytes() for path in (place / "run").rglob("*") if path.is_file()}
+    assert survey.status == 0
+    assert len(expected) >= 4
+    for number in range(0, len(survey.operations), 4):
+        place = workshop.new("prepare")
+        full = launcher.run(place, *PREPARE, disk_full_at=number)
+        if full.status:
+            assert_clear_error(full, place)
+            assert list(place.iterdir()) == []
+        else:
+            workshop.new("prepare")
+        assert launcher.run(place, *PREPARE, kill_at=number).status == KILLED
+        assert launcher.run(place, *PREPARE).status == 0
+        assert {path.name: path.read_bytes() for path in (place / "run").rglob("*") if path.is_file()} == expected
+        assert [path.name for path in place.iterdir()] == ["run"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("saving", ["run.async_save=false", ASYNC])
+def test_killed_before_every_single_operation(dtype: str, fresh: bool, saving: str, workshop: Workshop) -> None:
+    broken = Broken(workshop, saving, *HALF[dtype], fresh=fresh)
+    for number in range(len(broken.operations)):
+        broken.kill(number)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", HALF)
+def test_killed_at_twenty_random_moments(dtype: str, workshop: Workshop) -> None:
+    random_kills(workshop, 20, *HALF[dtype])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("saving", ["run.async_save=false", ASYNC])
+def test_a_disk_full_at_every_single_operation(saving: str, workshop: Workshop) -> None:
+    broken = Broken(workshop, saving)
+    for number, (name, _) in enumerate(broken.operations):
+        broken.fill_disk(disk_full_at=number)
+        if name in ALLOCATING:
+            broken.fill_disk(refuse_at=number)
+
+
+@pytest.mark.slow
+def test_the_module_itself_killed_and_resumed(workshop: Workshop) -> None:
+    """No hooks, no forks: `python -m training train` of a shell."""
+    longer = ("train.max_steps=400", "train.save_interval=20", "train.eval_interval=40", ASYNC)
+    whole, place, chance = workshop.new("whole"), workshop.new("broken"), random.Random(2)
+    assert workshop.train(whole, *longer).status == 0
+    command = [sys.executable, "-m", "training", "train", str(workshop.recipe), f"run.dir={place / 'run'}", *longer]
+    for _ in range(4):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+        while not (place / "run" / "metrics.jsonl").exists() or process.poll() is not None:
+            time.sleep(0.01)
+        time.sleep(chance.random())
+        process.kill()
+        process.wait()
+    assert subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, timeout=120).returncode == 0
+    assert leftovers(place / "run") == []
+    assert outcome(place / "run") == outcome(whole / "run")
+
+
+@pytest.mark.slow
+def test_a_file_system_that_is_really_full(workshop: Workshop, tmp_path: Path) -> None:
+    """Six sizes of a tmpfs, from one that holds nothing to one that holds almost all of a run."""
+    broken = Broken(workshop)
+    for kilobytes in (16, 64, 128, 256, 384, 512):
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(tmp_path)], capture_output=True, text=True
+        )
+        if mounted.returncode:
+            pytest.skip(f"a tmpfs cannot be mounted here: {mounted.stderr.strip()}")
+        try:
+            result = workshop.train(tmp_path)
+            assert_clear_error(result, tmp_path)
+            assert leftovers(tmp_path / "run") == []
+            remount = ["mount", "-o", "remount,size=8m", str(tmp_path)]
+            subprocess.run(remount, check=True)
+            broken.resume(tmp_path, f"{kilobytes} KB")
+        finally:
+            subprocess.run(["umount", str(tmp_path)], check=True)
