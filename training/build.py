@@ -205,7 +205,8 @@ def _check_same_tokenizer(folder: Path, base: ModelConfig, tokenizer: Tokenizer)
     if (folder / "tokenizer.json").is_file():
         is_same = Tokenizer.load(folder).digest == tokenizer.digest
     else:
-        is_same = base.vocab_size - tokenizer.vocab_size < _MOST_PADDING
+        padding = base.vocab_size - tokenizer.vocab_size
+        is_same = padding < _MOST_PADDING and all(token < tokenizer.vocab_size for token in base.eos_token_ids)
     if not is_same:
         raise RecipeError(
             f"data.dir was prepared with another tokenizer than that of {folder}, model.init_from; "
