@@ -11,6 +11,7 @@ import typer
 
 from model.errors import QuillError
 from training.commands.evaluate import evaluate
+from training.commands.export import export
 from training.commands.generate import generate_command
 from training.commands.import_model import import_command
 from training.commands.prepare import prepare_command
@@ -27,6 +28,7 @@ app.command("train", epilog=EPILOG)(train)
 app.command("evaluate")(evaluate)
 app.command("generate")(generate_command)
 app.command("import")(import_command)
+app.command("export")(export)
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from training.importers.litgpt import read_litgpt
 from training.importers.llmc import is_llmc, read_llmc
 from training.importers.nanogpt import read_nanogpt
 from training.importers.vocabulary import character_tokenizer, named_tokenizer
+from training.out_folder import require_free
 
 Format = Literal["nanogpt", "litgpt", "llmc"]
 NANOGPT_FILE = "ckpt.pt"
@@ -81,14 +82,6 @@ def import_model(request: ImportRequest) -> ImportResult:
     )  # fmt: skip
     written = replace(config, vocab_size=tokenizer.vocab_size)
     return ImportResult(kind, written, config.vocab_size - tokenizer.vocab_size, dtype, manifest)
-
-
-def require_free(folder: Path) -> None:
-    """Raise CheckpointError unless the folder is new or empty: what others made is never replaced."""
-    if folder.is_dir() and any(folder.iterdir()):
-        raise CheckpointError(f"{folder} is not empty; choose an empty or new folder for --out")
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file; choose another name for --out")
 
 
 def locate(source: Path, kind: Format | None) -> tuple[Path, Format]:
