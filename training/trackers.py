@@ -1,0 +1,142 @@
+"""TensorBoard and Weights & Biases beside metrics.jsonl, for those who ask for them in the recipe.
+
+    trackers = make_trackers(config, run_id)
+    trackers.log({"step": 10, "split": "train", "loss": 2.5})   # one object of metrics.jsonl
+    trackers.close()
+
+Both show the scalars as `train/loss`, `val/loss` …. Both packages are extras, imported only when a recipe names them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from training.config import TrainConfig
+from training.errors import RecipeError
+from training.recipe import config_to_tree
+
+# These belong to the run, whichever split a line is about; they are drawn once, from the lines of training.
+_OF_THE_RUN = frozenset({"lr", "tokens_per_second", "mfu", "tokens"})
+
+
+class Tracker(Protocol):
+    """Somewhere that scalars go."""
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Trackers:
+    """All that the recipe asks for; often none."""
+
+    trackers: tuple[Tracker, ...] = ()
+
+    def log(self, values: Mapping[str, Any]) -> None:
+        """Passes on the numbers of one object of metrics.jsonl; what is null, NaN or infinite is left out."""
+        scalars = _scalars(values)
+        if scalars:
+            for tracker in self.trackers:
+                tracker.log(int(values["step"]), scalars)
+
+    def close(self) -> None:
+        for tracker in self.trackers:
+            tracker.close()
+
+
+def make_trackers(config: TrainConfig, run_id: str) -> Trackers:
+    """What run.tensorboard and run.wandb ask for. Raises RecipeError where the package is not installed."""
+    trackers: list[Tracker] = []
+    if config.run.tensorboard:
+        trackers.append(TensorBoard(Path(config.run.dir) / "tensorboard"))
+    if config.run.wandb:
+        trackers.append(WeightsAndBiases(config, run_id))
+    return Trackers(tuple(trackers))
+
+
+class TensorBoard:
+    """Event files in a folder. Raises RecipeError without the extra `tensorboard`.
+
+    The file is opened with the first scalars: their step is the `purge_step` that makes TensorBoard forget what an
+    interrupted run had written from there on.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise RecipeError(_not_installed("run.tensorboard", "TensorBoard", "tensorboard")) from None
+        self._folder, self._writer_class = folder, SummaryWriter
+        self._writer: SummaryWriter | None = None
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        if self._writer is None:
+            self._writer = self._writer_class(str(self._folder), purge_step=step)
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()  # a killed run resumes behind what it has logged, so nothing may wait in memory
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+class WeightsAndBiases:
+    """One W&B run, whose id is the run's own: a resumed run goes on in it. WANDB_MODE and the like apply.
+
+    Sent are the scalars and the recipe, never code, git state or what is printed (samples are text of the data).
+    Raises RecipeError without the extra `wandb`, or when W&B refuses the run.
+    """
+
+    def __init__(self, config: TrainConfig, run_id: str) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise RecipeError(_not_installed("run.wandb", "Weights & Biases", "wandb")) from None
+        folder = Path(config.run.dir)
+        folder.mkdir(parents=True, exist_ok=True)  # W&B falls back to a temporary folder where there is none
+        try:
+            self._run = wandb.init(
+                project=config.run.wandb,
+                name=folder.name,
+                id=re.sub(r"[^\w-]", "-", run_id, flags=re.ASCII)[-64:],
+                resume="allow",
+                dir=str(folder),
+                config=config_to_tree(config),
+                allow_val_change=True,
+                save_code=False,
+                settings={"disable_code": True, "disable_git": True, "console": "off"},
+            )
+        except wandb.Error as error:
+            reason = " ".join(str(error).split())
+            raise RecipeError(
+                f"run.wandb: Weights & Biases refused the run ({reason}); run `wandb login` or set WANDB_MODE=offline"
+            ) from None
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        # Steps that W&B already has from an interrupted run are ignored there; a resumed run repeats them exactly.
+        self._run.log(dict(scalars), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _scalars(values: Mapping[str, Any]) -> dict[str, float]:
+    split = values.get("split", "train")
+    left_out = {"step", "split"} | (_OF_THE_RUN if split != "train" else frozenset())
+    return {
+        f"{split}/{name}": value for name, value in values.items() if name not in left_out and _is_finite_number(value)
+    }
+
+
+def _is_finite_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _not_installed(key: str, name: str, extra: str) -> str:
+    return f"{key} is set but {name} is not installed; run pip install 'quill[{extra}]' or leave {key} out"
