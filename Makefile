@@ -10,7 +10,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-slow test-gpu lint format bench bench-gpu image constraints clean
+.PHONY: help install serve test test-slow test-gpu lint format bench bench-gpu bench-training image constraints clean
 
 help: ## what each target does
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -49,6 +49,9 @@ bench: install ## Quill beside its peers, on this machine
 
 bench-gpu: install ## attention backends and the engine on a CUDA device
 	$(PY) -m benchmarks.gpu $(ARGS)
+
+bench-training: install ## the trainer's tables; beside nanoGPT with NANOGPT=DIR, your clone of it
+	$(PY) -m benchmarks.training all $(if $(NANOGPT),--nanogpt '$(NANOGPT)') $(ARGS)
 
 image: ## build the container image
 	docker build -t quill $(ARGS) .
