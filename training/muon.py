@@ -15,7 +15,9 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+
+from training.distributed import full_tensor, shard_like
 
 # Of the quintic a·x + b·x³ + c·x⁵ (Jordan et al. 2024): the steepest slope at zero that keeps singular values near 1.
 _QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -109,12 +111,12 @@ class Muon(torch.optim.Optimizer):
 
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         """One step of parameters that all have one shape."""
-        stack = torch.stack([_full(self._momentum(p, group["momentum"]).to(self._dtype)) for p in parameters])
+        stack = torch.stack([full_tensor(self._momentum(p, group["momentum"]).to(self._dtype)) for p in parameters])
         orthogonal = self._orthogonalize_parts(stack, group["split"] or (stack.shape[1],))
         for parameter, update in zip(parameters, orthogonal, strict=True):
             local = _local(parameter)
             local.mul_(1.0 - group["lr"] * group["weight_decay"])
-            local.add_(_share(update, parameter), alpha=-group["lr"])
+            local.add_(_local(shard_like(update, parameter)), alpha=-group["lr"])
 
     def _momentum(self, parameter: Tensor, momentum: float) -> Tensor:
         """Moves the parameter's buffer on, and returns Nesterov's look ahead of it."""
@@ -162,16 +164,6 @@ def _batches(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
             yield members[first : first + most]
 
 
-def _full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def _local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor that FSDP has split."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _share(full: Tensor, like: Tensor) -> Tensor:
-    """What this rank holds of `full` [rows, cols], which is equal on all ranks, when it is laid out as `like`."""
-    if not isinstance(like, DTensor):
-        return full
-    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None).to_local()

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model.attention import Attention
 from model.layers import GatedMLP
 from training.config import TrainSection
+from training.distributed import shard_like
 from training.errors import ResumeError
 from training.muon import Muon
 
@@ -146,10 +146,7 @@ def _place(value: Tensor, moment: str, parameter: Tensor) -> Tensor:
     if moment == "step":
         # The fused kernel reads the step count where the parameter lives; the others keep it on the CPU.
         return value.to(parameter.device if parameter.is_cuda else "cpu", torch.float32, copy=True)
-    value = value.to(parameter.device, torch.float32, copy=True)
-    if isinstance(parameter, DTensor):
-        return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    return value
+    return shard_like(value.to(parameter.device, torch.float32, copy=True), parameter)
 
 
 def _moments(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
