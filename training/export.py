@@ -2,10 +2,10 @@
 
     python -m training export runs/shakespeare --out exported/shakespeare --dtype bfloat16
 
-The folder holds all that `from_pretrained` of a fresh transformers needs. Before it gets its name it is loaded again and
-its logits on fixed tokens are compared with the source's. For that the source's weights are rounded to the exported type
-and both sides are computed in float32: a difference of more than `_TOLERANCE` of the largest logit is then a fault of the
-export, whatever the type. What the rounding itself costs is measured beside it and reported.
+The folder holds all that `from_pretrained` of a fresh transformers needs. Before it gets its name it is loaded again
+and its logits on fixed tokens are compared with the source's. For that the source's weights are rounded to the exported
+type and both sides are computed in float32: a difference of more than `_TOLERANCE` of the largest logit is then a fault
+of the export, whatever the type. What the rounding itself costs is measured beside it and reported.
 """
 
 from __future__ import annotations

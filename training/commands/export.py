@@ -20,7 +20,7 @@ def export(
     max_shard_size: Annotated[str, typer.Option(help="size beyond which weights are split into files")] = "5GB",
     as_json: JsonFlag = False,
 ) -> None:
-    """Write what a fresh transformers, llama.cpp's converter and vLLM load, with a model card; check it by loading it."""
+    """Write what transformers, llama.cpp's converter and vLLM load, with a model card, and check it by loading it."""
     from training.build import DTYPES
     from training.export import export_checkpoint, parse_size
 
@@ -36,7 +36,7 @@ def export(
         "files": sorted(result.manifest.files), "weights": result.manifest.weights,
     }  # fmt: skip
     print_result(as_json, values, lines=[
-        f"{out}: {result.source} in {saved_as}, vocabulary {result.vocab_size:,}, {result.padding} padding rows cut off",
+        f"{out}: {result.source} in {saved_as}, {result.vocab_size:,} tokens, {result.padding} rows of padding cut",
         f"loaded again: logits within {result.export_error:.1e} of the source's in {saved_as}, "
         f"which differ by {result.rounding_error:.1e} from those before rounding",
     ])  # fmt: skip
