@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from model.config import ModelConfig
+from model.dense_attention import causal_attention
 from model.layers import RMSNorm, apply_rotary
 from model.linear import Linear
 from model.paged_attention import PagedBatch
@@ -42,25 +41,8 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
-        out = self._dense(q, k, v) if paged is None else paged.attend(self.layer_index, q, k, v)
+        if paged is None:
+            out = causal_attention(q, k, v, window=self.window, dropout=self.dropout if self.training else 0.0)
+        else:
+            out = paged.attend(self.layer_index, q, k, v)
         return self.o_proj(out.flatten(-2))
-
-    def _dense(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Causal attention of q [B, T, H, d] over k, v [B, T, K, d], without a past."""
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        length = q.shape[2]
-        mask = None
-        if self.window is not None and self.window < length:
-            offset = torch.arange(length, device=q.device)
-            distance = offset[:, None] - offset[None, :]
-            mask = (distance >= 0) & (distance < self.window)
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None,
-            enable_gqa=self.num_kv_heads != self.num_heads,
-        )
-        return out.transpose(1, 2)

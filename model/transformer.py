@@ -7,10 +7,12 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from model.attention import Attention
 from model.config import ModelConfig
 from model.dense_cache import DenseKVCache
+from model.dropout import dropout
 from model.layers import RotaryEmbedding, make_mlp, make_norm
 from model.linear import Linear
 from model.packed_linear import PackedWeight, pack_weight
@@ -31,13 +33,10 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, paged: PagedBatch | None) -> Tensor:
         if self.norm_first:
-            x = x + self._drop(self.attn(self.attn_norm(x), rotary, paged))
-            return x + self._drop(self.mlp(self.mlp_norm(x)))
-        x = self.attn_norm(x + self._drop(self.attn(x, rotary, paged)))
-        return self.mlp_norm(x + self._drop(self.mlp(x)))
-
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+            x = x + dropout(self.attn(self.attn_norm(x), rotary, paged), self.dropout, self.training)
+            return x + dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
+        x = self.attn_norm(x + dropout(self.attn(x, rotary, paged), self.dropout, self.training))
+        return self.mlp_norm(x + dropout(self.mlp(x), self.dropout, self.training))
 
 
 class Transformer(nn.Module):
@@ -58,6 +57,8 @@ class Transformer(nn.Module):
         self.final_norm = make_norm(config, config.hidden_size) if config.norm_first else None
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, False)
         self._packed_head: PackedWeight | None = None
+        self.recompute_layers = False
+        """In training, keep only each layer's input and compute the rest again in the backward pass."""
 
     def forward(self, input_ids: Tensor, cache: DenseKVCache | None = None) -> Tensor:
         """Hidden states [B, T, D] of input_ids [B, T], which follow what `cache` holds."""
@@ -76,14 +77,16 @@ class Transformer(nn.Module):
         x = self.embed_tokens(input_ids)
         if self.embed_positions is not None:
             x = x + self.embed_positions(positions)
-        if self.config.dropout:
-            x = F.dropout(x, self.config.dropout, self.training)
+        x = dropout(x, self.config.dropout, self.training)
         rotary = None
         if self.rotary is not None:
             cos, sin = self.rotary(positions)
             rotary = cos.to(x.dtype), sin.to(x.dtype)  # once, not in every layer
         for layer in self.layers:
-            x = layer(x, rotary, paged)
+            if self.recompute_layers and self.training:
+                x = checkpoint(layer, x, rotary, paged, use_reentrant=False)
+            else:
+                x = layer(x, rotary, paged)
         return x if self.final_norm is None else self.final_norm(x)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:

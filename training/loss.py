@@ -14,25 +14,41 @@ MAX_LOGITS = 1 << 25
 
 
 def summed_cross_entropy(
-    compute_logits: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, *, vocab_size: int
+    compute_logits: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    targets: Tensor,
+    *,
+    vocab_size: int,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """Sum of -log p(target) in nats, a float32 scalar, for hidden [..., D] and targets [...].
 
+    With `label_smoothing` e the target is 1 - e of itself and e spread evenly over all tokens (Szegedy et al. 2016).
+    `z_loss` adds that multiple of log² Σ exp(logits) for each target, which keeps logits small (Chowdhery et al. 2022).
     Where all logits would not fit in MAX_LOGITS, each chunk's logits are made anew in the backward pass
     (one more head product) instead of being kept.
     """
     hidden, targets = hidden.flatten(0, -2), targets.flatten()
     rows = max(1, MAX_LOGITS // vocab_size)
     if len(targets) <= rows:
-        return _chunk_loss(compute_logits, hidden, targets)
+        return _chunk_loss(compute_logits, hidden, targets, label_smoothing, z_loss)
     total = hidden.new_zeros((), dtype=torch.float32)
-    for part, wanted in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True):
+    for chunk in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True):
         if torch.is_grad_enabled():
-            total = total + checkpoint(_chunk_loss, compute_logits, part, wanted, use_reentrant=False)
+            total = total + checkpoint(
+                _chunk_loss, compute_logits, *chunk, label_smoothing, z_loss, use_reentrant=False
+            )
         else:
-            total = total + _chunk_loss(compute_logits, part, wanted)
+            total = total + _chunk_loss(compute_logits, *chunk, label_smoothing, z_loss)
     return total
 
 
-def _chunk_loss(compute_logits: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(compute_logits(hidden).float(), targets, reduction="sum")
+def _chunk_loss(
+    compute_logits: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, label_smoothing: float, z_loss: float
+) -> Tensor:
+    logits = compute_logits(hidden).float()
+    loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
+    if z_loss:
+        loss = loss + z_loss * logits.logsumexp(-1).square().sum()
+    return loss

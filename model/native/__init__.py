@@ -50,6 +50,15 @@ def _initialise(library: ctypes.CDLL) -> ctypes.CDLL:
         library.quill_step_size.restype = ctypes.c_int64
         library.quill_paged_attention.argtypes = [ctypes.c_void_p]
         library.quill_paged_attention.restype = ctypes.c_int
+        library.quill_dense_step_size.argtypes = []
+        library.quill_dense_step_size.restype = ctypes.c_int64
+        library.quill_dense_attention.argtypes = [ctypes.c_void_p]
+        library.quill_dense_attention.restype = ctypes.c_int
+        library.quill_dropout.argtypes = [
+            ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_float,
+            ctypes.c_int, ctypes.c_int,
+        ]  # fmt: skip
+        library.quill_dropout.restype = None
     except AttributeError:
         raise ConfigError("the compiled CPU kernels are of another version; run make install") from None
     library.quill_init(_gomp_parallel(), len(INSTRUCTION_SETS) - 1)

@@ -5,30 +5,13 @@
  * two runtimes would keep two pools of spinning threads on the same cores.
  */
 
-#include <math.h>
 #include <pthread.h>
-#include <stdatomic.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#include <immintrin.h>
-#define HAVE_X86_VARIANTS 1
-#endif
+#include "common.h"
 
-#pragma GCC diagnostic ignored "-Wpsabi"
-
-#define TILE 16     /* tokens in a tile, and lanes in a vector */
 #define MAX_ROWS 4  /* query rows that share the loads of one pass over the keys */
 #define MAX_GROUP 4  /* tiles whose scores are computed together */
 #define MAX_CHUNKS 4 /* vectors of 16 dimensions whose sums are computed together */
-
-typedef float v16f __attribute__((vector_size(64), may_alias));
-typedef float v16f_u __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint32_t v16u __attribute__((vector_size(64), may_alias));
-typedef int32_t v16i __attribute__((vector_size(64), may_alias));
-typedef uint16_t v16h_u __attribute__((vector_size(32), aligned(2), may_alias));
 
 /* One layer of one step. Mirrored by `_AttentionStep` in model/attention_cpu.py. Strides are in elements;
  * output is [N, num_heads, head_dim] without gaps. `window` 0 means none. */
@@ -56,62 +39,6 @@ static inline int64_t tile_index(const attention_step *p, int64_t seq, int64_t k
     const int64_t block = p->block_tables[seq * p->max_blocks + tile / tiles_each];
     return (block * p->num_kv_heads + kv_head) * tiles_each + tile % tiles_each;
 }
-
-static inline __attribute__((always_inline)) v16f select16(v16i mask, v16f a, v16f b) {
-    return (v16f)(((v16i)a & mask) | ((v16i)b & ~mask));
-}
-
-static inline __attribute__((always_inline)) v16f max16(v16f a, v16f b) { return select16(a > b, a, b); }
-
-static inline __attribute__((always_inline)) float reduce_max16(v16f v) {
-    float top = v[0];
-    for (int i = 1; i < TILE; i++) top = v[i] > top ? v[i] : top;
-    return top;
-}
-
-static inline __attribute__((always_inline)) float reduce_sum16(v16f v) {
-    float sum = 0;
-    for (int i = 0; i < TILE; i++) sum += v[i];
-    return sum;
-}
-
-/* exp(x) for x <= 0, exactly 0 below -87; relative error about 2e-7. x = n ln2 + r, |r| <= ln2 / 2, and a Taylor
- * polynomial of degree 6 in r (its remainder there is below 2e-7). */
-static inline __attribute__((always_inline)) v16f exp16(v16f x) {
-    const v16i alive = x > -87.0f;
-    x = select16(alive, x, (v16f){0});
-    const v16i n = __builtin_convertvector(x * 1.44269504f - 0.5f, v16i);
-    const v16f whole = __builtin_convertvector(n, v16f);
-    const v16f r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
-    v16f y = r * (1.0f / 720) + (1.0f / 120);
-    y = y * r + (1.0f / 24);
-    y = y * r + (1.0f / 6);
-    y = y * r + 0.5f;
-    y = y * r + 1.0f;
-    y = y * r + 1.0f;
-    return select16(alive, y * (v16f)((n + 127) << 23), (v16f){0});
-}
-
-static inline __attribute__((always_inline)) v16u round_bf16(v16f v) {
-    const v16u bits = (v16u)v;
-    const v16u rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return (v16u)select16(v != v, (v16f)((bits >> 16) | 0x40), (v16f)rounded);
-}
-
-static inline __attribute__((always_inline)) v16f dot_bf16(v16f acc, v16u pairs, uint32_t scalar) {
-    const union { uint32_t u; float f; } low = {scalar << 16}, high = {scalar & 0xffff0000u};
-    acc += (v16f)(pairs << 16) * low.f;
-    return acc + (v16f)(pairs & 0xffff0000u) * high.f;
-}
-
-static inline __attribute__((always_inline)) v16f dot_f32(v16f acc, v16u values, uint32_t scalar) {
-    const union { uint32_t u; float f; } s = {scalar};
-    return acc + (v16f)values * s.f;
-}
-
-#define LOWER_HALF(v) ((v) & 0x0000ffffu)
-#define NARROW_F32(dst, v) (*(v16f_u *)(dst) = (v))
-#define NARROW_BF16(dst, v) (*(v16h_u *)(dst) = __builtin_convertvector(round_bf16(v), v16h_u))
 
 /* float32 and bfloat16 in portable vectors, for whatever the compiler's base instruction set is. */
 #define ELEMENT float
@@ -177,10 +104,8 @@ typedef struct {
     void (*attend_rows)(const attention_step *, scratch *, int64_t, int64_t, int64_t, int64_t);
 } variant;
 
-enum { PORTABLE, AVX2, AVX512 };
-
 static variant variants[2]; /* float32, bfloat16 */
-static void (*run_parallel)(void (*)(void *), void *, unsigned, unsigned);
+void (*quill_run_parallel)(void (*)(void *), void *, unsigned, unsigned);
 static pthread_key_t arena_key;
 static pthread_once_t arena_key_once = PTHREAD_ONCE_INIT;
 
@@ -213,7 +138,8 @@ static void choose_variants(int most) {
 void quill_init(void *gomp_parallel, int most) {
     pthread_once(&arena_key_once, make_arena_key);
     choose_variants(most);
-    run_parallel = (void (*)(void (*)(void *), void *, unsigned, unsigned))gomp_parallel;
+    quill_choose_training(most);
+    quill_run_parallel = (void (*)(void (*)(void *), void *, unsigned, unsigned))gomp_parallel;
 }
 
 /* The name of the variant in use. */
@@ -226,23 +152,21 @@ int64_t quill_step_size(void) { return sizeof(attention_step); }
 static _Thread_local char *arena;
 static _Thread_local size_t arena_size;
 
-static void *take(char **at, size_t size) {
-    void *here = *at;
-    *at += (size + 63) / 64 * 64;
-    return here;
+void *quill_arena(size_t size) {
+    if (size > arena_size) {
+        free(arena);
+        arena = aligned_alloc(64, (size + 63) / 64 * 64);
+        arena_size = arena ? size : 0;
+        pthread_setspecific(arena_key, arena);
+    }
+    return arena;
 }
 
 static int make_scratch(const attention_step *p, int64_t max_tiles, scratch *s) {
     const size_t tokens = (size_t)max_tiles * TILE, padded = (size_t)padded_dim(p->head_dim);
     const size_t need = MAX_ROWS * (padded * 12 + tokens * 8) + (size_t)(max_tiles + MAX_GROUP) * 16 + 64 * 16;
-    if (need > arena_size) {
-        free(arena);
-        arena = aligned_alloc(64, (need + 63) / 64 * 64);
-        arena_size = arena ? need : 0;
-        pthread_setspecific(arena_key, arena);
-        if (!arena) return 0;
-    }
-    char *at = arena;
+    char *at = quill_arena(need);
+    if (!at) return 0;
     s->query = take(&at, MAX_ROWS * padded * 4);
     s->scores = take(&at, MAX_ROWS * tokens * 4);
     s->weights = take(&at, MAX_ROWS * tokens * 4);
@@ -297,8 +221,8 @@ static void work(void *data) {
 
 static int run(job *j) {
     atomic_store(&j->next, 0);
-    if (run_parallel && j->step->num_threads > 1)
-        run_parallel(work, j, (unsigned)j->step->num_threads, 0);
+    if (quill_run_parallel && j->step->num_threads > 1)
+        quill_run_parallel(work, j, (unsigned)j->step->num_threads, 0);
     else
         work(j);
     return atomic_load(&j->failed) ? -1 : 0;
