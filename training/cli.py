@@ -14,8 +14,10 @@ from training.commands.evaluate import evaluate
 from training.commands.export import export
 from training.commands.generate import generate_command
 from training.commands.import_model import import_command
+from training.commands.info import info
 from training.commands.prepare import prepare_command
 from training.commands.recipe import recipe_command
+from training.commands.report import report_command
 from training.commands.train import EPILOG, train
 
 app = typer.Typer(
@@ -23,10 +25,12 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
 )  # fmt: skip
 app.command("prepare")(prepare_command)
+app.command("info")(info)
 app.command("recipe")(recipe_command)
 app.command("train", epilog=EPILOG)(train)
 app.command("evaluate")(evaluate)
 app.command("generate")(generate_command)
+app.command("report")(report_command)
 app.command("import")(import_command)
 app.command("export")(export)
 

@@ -19,6 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from training.quantities import compact
+
 Floats = npt.NDArray[np.float64]
 
 MAX_POINTS = 2_000
@@ -110,14 +112,6 @@ def smooth(y: Sequence[float]) -> Floats:
     low, high = np.maximum(centre - half, 0), np.minimum(centre + half + 1, len(values))
     means: Floats = (sums[high] - sums[low]) / (high - low)
     return means
-
-
-def compact(value: float) -> str:
-    """1500 → 1,500; 20000 → 20k; 1500000 → 1.5M."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
-        if abs(value) >= size:
-            return f"{value / (1e3 if unit == 'k' else size):.4g}{unit}"
-    return f"{value:,.10g}" if abs(value) >= 1 else f"{value:.4g}"
 
 
 def _plot(axes: Axes, curve: Curve) -> None:

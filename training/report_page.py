@@ -20,7 +20,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from training.comparison import Comparison, compare
 from training.errors import RecipeError
-from training.figures import Chart, compact, draw
+from training.figures import Chart, draw
+from training.quantities import compact, duration
 from training.run_charts import run_charts
 from training.run_record import Line, RunRecord, finite, is_number, read_run
 
@@ -147,14 +148,6 @@ def _results(comparison: Comparison) -> list[dict[str, Any]]:
             ),
         })  # fmt: skip
     return rows
-
-
-def duration(seconds: float) -> str:
-    """75 → 1 min 15 s; 9000 → 2 h 30 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s"
-    return f"{whole // 60} min {whole % 60} s" if whole < 3_600 else f"{whole // 3_600:,} h {whole % 3_600 // 60} min"
 
 
 def _perplexity(line: Line) -> float | None:
