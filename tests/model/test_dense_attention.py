@@ -17,7 +17,7 @@ from model.native import INSTRUCTION_SETS, limit_instruction_set, load_kernels
 # (batch, length, heads, kv heads, head_dim, window)
 SHAPES = [
     (2, 70, 4, 2, 32, None), (1, 1, 2, 2, 16, None), (2, 33, 3, 3, 64, None), (2, 100, 4, 1, 48, 17),
-    (1, 257, 2, 2, 64, None), (2, 64, 2, 1, 16, 1), (1, 40, 2, 2, 32, 40),
+    (1, 257, 2, 2, 64, None), (2, 64, 2, 1, 16, 2), (1, 40, 2, 2, 32, 40),
 ]  # fmt: skip
 
 needs_kernels = pytest.mark.skipif(load_kernels() is None, reason="the CPU kernels were not built")
