@@ -1,27 +1,29 @@
 """Text into a folder of token shards.
 
     python -m training prepare --input tinyshakespeare --out data/shakespeare --tokenizer bytes
+    python -m training prepare --input names.txt --documents line --test-fraction 0.1 --out data/names --tokenizer char
+    python -m training prepare --input corpus/ more.jsonl.zst --text-key text --out data/corpus --workers 16
 
-Each input is one document; `<|endoftext|>` stands between documents. The last `val_fraction` of the characters of all
-of them, in the order given, is the validation split. The folder appears whole or not at all. Free of torch.
+Documents stay apart: `<|endoftext|>` stands between any two of a split. Text is read as a stream and encoded in
+bounded batches, so that its size does not matter. The folder appears whole or not at all. Free of torch.
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import os
 import tempfile
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
 from model.atomic_folder import replace_folder
 from model.tokenizer import Tokenizer
+from training.compressed import Meter
+from training.encode import Encoded, encode_batches, make_batches
 from training.errors import DataError, RecipeError
+from training.hub_dataset import HubDataset
+from training.named_tokenizer import named_tokenizer
+from training.readers import Cut, Documents, Piece, ReadOptions, read_file
 from training.shards import (
     FORMAT_VERSION,
     MANIFEST,
@@ -35,208 +37,219 @@ from training.shards import (
     read_manifest,
     write_manifest,
 )
-from training.sources import Input, Source, check_inputs, fetch, read_pieces, read_text
+from training.sources import Input, Source, check_inputs, fetch
+from training.splits import Shares, SplitRule, Survey, split_documents, split_tail, tail_cuts
 
-_QUEUED_PER_WORKER = 4
-# Tokenizers known to give the same ids for text cut at `sources._SAFE_CUT`; others get whole documents.
-_CUTTABLE = ("gpt2", "char", "bytes")
+# (what is being done, bytes read so far, bytes in all or None where that is not known)
+OnProgress = Callable[[str, int, int | None], None]
+
+_CUTS: dict[str, Cut] = {"bytes": "anywhere", "characters": "anywhere", "byte_bpe": "words", "library": "never"}
+# Below this, starting processes takes longer than the tokenising.
+_WORTH_WORKERS_BYTES = 1 << 25
 
 
 @dataclass(frozen=True, slots=True)
 class PrepareRequest:
-    """What `prepare` is asked for. `digests` are the sha256 of the URLs among `inputs`, in their order."""
+    """What `prepare` is asked for. `digests` are the sha256 of the URLs among `inputs`, in their order.
+
+    `documents` divides plain text; rows of other files are documents of their own, whose text the fields `text_keys`
+    hold. `split` "auto" is "tail" for plain text that is read as whole files, otherwise "documents" (see
+    `training.splits`). `workers` 0 is one process per core where that pays.
+    """
 
     inputs: tuple[str, ...]
     out: Path
     tokenizer: str = "gpt2"
     val_fraction: float = 0.1
+    test_fraction: float = 0.0
     digests: tuple[str, ...] = ()
-    workers: int = 1
+    workers: int = 0
     force: bool = False
+    documents: Documents = "file"
+    split: SplitRule = "auto"
+    text_keys: tuple[str, ...] = ("text",)
 
     def __post_init__(self) -> None:
         if not 0.0 < self.val_fraction < 1.0:
             raise RecipeError(f"--val-fraction is {self.val_fraction} but must lie between 0 and 1")
-        if self.workers < 1:
-            raise RecipeError(f"--workers is {self.workers} but must be at least 1")
+        if not 0.0 <= self.test_fraction < 1.0 - self.val_fraction:
+            raise RecipeError(f"--test-fraction is {self.test_fraction} but must leave text beside --val-fraction")
+        if self.workers < 0:
+            raise RecipeError(f"--workers is {self.workers} but must be at least 0")
+        if not self.text_keys or not all(self.text_keys):
+            raise RecipeError("--text-key is empty; name the field that holds the text")
+
+    @property
+    def shares(self) -> Shares:
+        return Shares(self.val_fraction, self.test_fraction)
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """Text that is encoded on its own. `ends_document` asks for an end-of-text token behind it."""
+class Corpus:
+    """All that is read, in order. It can be read several times."""
 
-    split: str
-    text: str
-    ends_document: bool
+    sources: Sequence[Source | HubDataset]
+
+    @property
+    def num_bytes(self) -> int | None:
+        """Of the files as they lie on the disk; None with a dataset, whose size is known only when it was read."""
+        known = not any(isinstance(source, HubDataset) for source in self.sources)
+        return sum(source.num_bytes for source in self.sources) if known else None
+
+    def read(self, options: ReadOptions, meter: Meter) -> Iterator[Piece]:
+        for source in self.sources:
+            if isinstance(source, HubDataset):
+                yield from source.read(options, meter)
+            else:
+                yield from read_file(source.path, source.origin, options, meter)
 
 
 def prepare(
     request: PrepareRequest,
     *,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: OnProgress = lambda what, done, total: None,
+    on_notice: Callable[[str], None] = lambda line: None,
     shard_tokens: int = SHARD_TOKENS,
 ) -> tuple[DataManifest, bool]:
     """Writes `request.out`. Returns its manifest and whether anything had to be written.
 
     A folder that already holds these very sources with this tokenizer and split is left as it is; one that holds
-    anything else is replaced only with `force`. `on_progress` gets encoded and total characters.
+    anything else is replaced only with `force`. `on_notice` gets what the user may want to know.
     Raises RecipeError, DataError or TokenizerError; the folder is then untouched.
     """
-    inputs = check_inputs(request.inputs, request.digests)
+    inputs = check_inputs(request.inputs, request.digests, on_notice)
+    rule = _split_rule(request, inputs)
+    tokenizer = None if request.tokenizer == "char" else named_tokenizer(request.tokenizer, "--tokenizer")
     if (request.out / MANIFEST).is_file() and not request.force:
-        return _existing(request, inputs), False
+        return _existing(request, tokenizer, inputs, rule), False
     with tempfile.TemporaryDirectory(prefix="quill-prepare-") as downloads:
-        sources = [fetch(item, Path(downloads)) for item in inputs]
-        tokenizer = make_tokenizer(request.tokenizer, sources)
-        replace_folder(
-            request.out,
-            lambda folder: _write(folder, request, sources, tokenizer, on_progress, shard_tokens),
-            marker=MANIFEST,
-        )
+        # What is read twice is worth a copy on the disk.
+        streaming = rule == "documents" and tokenizer is not None
+        corpus = Corpus([_open(item, Path(downloads), streaming) for item in inputs])
+        job = _Job(request, tokenizer, rule, corpus, on_progress, on_notice, shard_tokens)
+        replace_folder(request.out, job.write, marker=MANIFEST)
     return read_manifest(request.out), True
 
 
-def make_tokenizer(name: str, sources: Sequence[Source]) -> Tokenizer:
-    """`gpt2`, `bytes`, `char` (the characters of the sources), or a tokenizer.json or a folder that holds one."""
-    match name:
-        case "gpt2":
-            return Tokenizer.gpt2()
-        case "bytes":
-            return Tokenizer.bytes()
-        case "char":
-            characters: set[str] = set()
-            for source in sources:
-                for chunk in read_text(source):
-                    characters.update(chunk)
-            return Tokenizer.characters(characters)
-    path = Path(name)
-    if not path.exists():
-        raise RecipeError(f"--tokenizer {name}: neither gpt2, char or bytes nor an existing path")
-    return Tokenizer.load(path) if path.is_dir() else Tokenizer.from_file(path)
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One preparation, from opened sources to the folder. No `tokenizer` means one of the text's characters."""
+
+    request: PrepareRequest
+    tokenizer: Tokenizer | None
+    rule: str
+    corpus: Corpus
+    on_progress: OnProgress
+    on_notice: Callable[[str], None]
+    shard_tokens: int
+
+    def write(self, folder: Path) -> None:
+        request, survey = self.request, Survey()
+        if self.rule == "tail" or self.tokenizer is None:
+            survey = self._survey()
+        tokenizer = self.tokenizer or Tokenizer.characters(survey.alphabet)
+        (folder / TOKENIZER_DIR).mkdir()
+        tokenizer.save(folder / TOKENIZER_DIR)
+        meter = Meter()
+        pieces = self.corpus.read(self._options(_CUTS[tokenizer.kind]), meter)
+        if self.rule == "tail":
+            assigned = split_tail(pieces, tail_cuts(survey, request.shares), request.shares.names)
+        else:
+            assigned = split_documents(pieces, request.shares)
+        batches = make_batches(assigned, lambda: meter.done)
+        encoded = encode_batches(batches, tokenizer, folder / TOKENIZER_DIR, self._workers())
+        splits = self._write_splits(folder, encoded, dtype_name(tokenizer.vocab_size))
+        if tokenizer.eos_token_id is None and any(info.documents > 1 for info in splits.values()):
+            self.on_notice(f"{request.tokenizer}: has no end-of-text token, so nothing stands between documents")
+        write_manifest(folder, self._manifest(tokenizer, splits))
+
+    def _options(self, cut: Cut) -> ReadOptions:
+        return ReadOptions(self.request.documents, self.request.text_keys, cut)
+
+    def _survey(self) -> Survey:
+        survey, meter = Survey(keep_alphabet=self.tokenizer is None), Meter()
+        for number, piece in enumerate(self.corpus.read(self._options("anywhere"), meter)):
+            survey.add(piece)
+            if number % 1024 == 0:
+                self.on_progress("reading", meter.done, self.corpus.num_bytes)
+        if not survey.characters:
+            raise DataError("the inputs hold no text at all; check --text-key and --documents")
+        return survey
+
+    def _workers(self) -> int:
+        if self.request.workers:
+            return self.request.workers
+        size = self.corpus.num_bytes
+        return 1 if size is not None and size < _WORTH_WORKERS_BYTES else len(os.sched_getaffinity(0))
+
+    def _write_splits(self, folder: Path, encoded: Iterator[Encoded], dtype: str) -> dict[str, SplitInfo]:
+        total = self.corpus.num_bytes
+        writers = {name: SplitWriter(folder, name, dtype, self.shard_tokens) for name in self.request.shares.names}
+        for item in encoded:
+            batch = item.batch
+            writers[batch.split].append(
+                item.tokens, num_bytes=item.num_bytes, characters=batch.characters, documents=batch.documents
+            )
+            self.on_progress("tokenising", batch.done, total)
+        splits = {name: writer.close() for name, writer in writers.items()}
+        for name, info in splits.items():
+            if info.tokens == 0:
+                found = sum(each.documents for each in splits.values())
+                raise DataError(
+                    f"the {name} split would be empty: the text has only {found} documents and "
+                    f"{sum(each.characters for each in splits.values())} characters; give more text or try --split tail"
+                )
+        return splits
+
+    def _manifest(self, tokenizer: Tokenizer, splits: dict[str, SplitInfo]) -> DataManifest:
+        request = self.request
+        return DataManifest(
+            version=FORMAT_VERSION,
+            dtype=dtype_name(tokenizer.vocab_size),
+            vocab_size=tokenizer.vocab_size,
+            tokenizer=tokenizer.kind,
+            tokenizer_digest=tokenizer.digest,
+            val_fraction=request.val_fraction,
+            sources=tuple(SourceInfo(each.origin, each.num_bytes, each.sha256) for each in self.corpus.sources),
+            splits=splits,
+            test_fraction=request.test_fraction,
+            split=self.rule,
+            documents=request.documents,
+            text_keys=request.text_keys,
+        )
 
 
-def _existing(request: PrepareRequest, inputs: Sequence[Input]) -> DataManifest:
+def _open(item: Input, downloads: Path, streaming: bool) -> Source | HubDataset:
+    if item.kind == "dataset":
+        return HubDataset(item.origin, item.location, item.sha256, streaming)
+    return fetch(item, downloads)
+
+
+def _split_rule(request: PrepareRequest, inputs: Sequence[Input]) -> str:
+    if request.split != "auto":
+        return request.split
+    return "tail" if request.documents == "file" and all(item.is_plain_text for item in inputs) else "documents"
+
+
+def _existing(request: PrepareRequest, tokenizer: Tokenizer | None, inputs: Sequence[Input], rule: str) -> DataManifest:
     """The manifest of `request.out`, if that is what preparing would write. Raises DataError if it is not."""
     manifest = read_manifest(request.out)
-    if request.tokenizer == "char":  # the same text has the same characters
+    if tokenizer is None:  # the same text has the same characters
         same_tokenizer = manifest.tokenizer == "characters"
     else:
-        same_tokenizer = manifest.tokenizer_digest == make_tokenizer(request.tokenizer, ()).digest
-    same_text = [item.sha256 for item in inputs] == [source.sha256 for source in manifest.sources]
-    if same_tokenizer and same_text and manifest.val_fraction == request.val_fraction:
+        same_tokenizer = manifest.tokenizer_digest == tokenizer.digest
+    wanted = (request.val_fraction, request.test_fraction, rule, request.documents, request.text_keys)
+    found = (manifest.val_fraction, manifest.test_fraction, manifest.split, manifest.documents, manifest.text_keys)
+    if same_tokenizer and wanted == found and _same_sources(inputs, manifest.sources):
         return manifest
     raise DataError(
         f"{request.out}: already holds other prepared data; choose another --out or pass --force to replace it"
     )
 
 
-def _write(
-    folder: Path,
-    request: PrepareRequest,
-    sources: Sequence[Source],
-    tokenizer: Tokenizer,
-    on_progress: Callable[[int, int], None],
-    shard_tokens: int,
-) -> None:
-    (folder / TOKENIZER_DIR).mkdir()
-    tokenizer.save(folder / TOKENIZER_DIR)
-    dtype = dtype_name(tokenizer.vocab_size)
-    total = sum(len(chunk) for source in sources for chunk in read_text(source))
-    pieces = split_pieces(
-        sources, int(total * (1.0 - request.val_fraction)), cut=request.tokenizer in _CUTTABLE, last=len(sources) - 1
-    )
-    encoded = _encode_all(pieces, tokenizer, folder / TOKENIZER_DIR, request.workers)
-    writers = {split: SplitWriter(folder, split, dtype, shard_tokens) for split in ("train", "val")}
-    splits = _write_splits(writers, encoded, tokenizer.eos_token_id, lambda done: on_progress(done, total))
-    for split, info in splits.items():
-        if info.tokens == 0:
-            raise DataError(f"the {split} split would be empty: the text has only {total} characters")
-    manifest = DataManifest(
-        version=FORMAT_VERSION,
-        dtype=dtype,
-        vocab_size=tokenizer.vocab_size,
-        tokenizer=tokenizer.kind,
-        tokenizer_digest=tokenizer.digest,
-        val_fraction=request.val_fraction,
-        sources=tuple(SourceInfo(source.origin, source.num_bytes, source.sha256) for source in sources),
-        splits=splits,
-    )
-    write_manifest(folder, manifest)
-
-
-def _write_splits(
-    writers: dict[str, SplitWriter],
-    encoded: Iterator[tuple[Piece, npt.NDArray[np.int64]]],
-    separator: int | None,
-    on_progress: Callable[[int], None],
-) -> dict[str, SplitInfo]:
-    done = 0
-    for piece, tokens in encoded:
-        writers[piece.split].append(tokens, piece.text)
-        if piece.ends_document and separator is not None:
-            writers[piece.split].append(np.array([separator]))
-        done += len(piece.text)
-        on_progress(done)
-    return {split: writer.close() for split, writer in writers.items()}
-
-
-def split_pieces(sources: Sequence[Source], train_characters: int, *, cut: bool, last: int) -> Iterator[Piece]:
-    """The documents as pieces; the first `train_characters` characters of them all are the training split."""
-    position = 0
-    for number, source in enumerate(sources):
-        texts = _with_end(read_pieces(source, cut=cut))
-        for text, is_end in texts:
-            room = max(0, train_characters - position)
-            position += len(text)
-            ends = is_end and number != last
-            if room:
-                yield Piece("train", text[:room], ends and len(text) <= room)
-            if len(text) > room:
-                yield Piece("val", text[room:], ends)
-
-
-def _with_end(items: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """Each item with whether it is the last."""
-    iterator = iter(items)
-    for previous in iterator:
-        for item in iterator:
-            yield previous, False
-            previous = item
-        yield previous, True
-
-
-def _encode_all(
-    pieces: Iterator[Piece], tokenizer: Tokenizer, folder: Path, workers: int
-) -> Iterator[tuple[Piece, npt.NDArray[np.int64]]]:
-    """Pieces with their ids, in order. Several workers keep a bounded number of pieces in flight."""
-    if workers == 1:
-        for piece in pieces:
-            yield piece, _encode(tokenizer, piece.text)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(folder,)) as pool:
-        waiting: deque[tuple[Piece, Future[npt.NDArray[np.int64]]]] = deque()
-        for piece in pieces:
-            waiting.append((piece, pool.submit(_encode_in_worker, piece.text)))
-            if len(waiting) >= workers * _QUEUED_PER_WORKER:
-                done, future = waiting.popleft()
-                yield done, future.result()
-        for done, future in waiting:
-            yield done, future.result()
-
-
-def _encode(tokenizer: Tokenizer, text: str) -> npt.NDArray[np.int64]:
-    return np.array(tokenizer.encode(text, add_special=False), dtype=np.int64)
-
-
-_worker_tokenizer: Tokenizer | None = None
-
-
-def _start_worker(folder: Path) -> None:
-    global _worker_tokenizer
-    _worker_tokenizer = Tokenizer.load(folder)
-
-
-def _encode_in_worker(text: str) -> npt.NDArray[np.int64]:
-    assert _worker_tokenizer is not None
-    return _encode(_worker_tokenizer, text)
+def _same_sources(inputs: Sequence[Input], sources: Sequence[SourceInfo]) -> bool:
+    """By digest; a dataset of the hub, whose digest is not known beforehand, by name."""
+    if len(inputs) != len(sources):
+        return False
+    pairs = zip(inputs, sources, strict=True)
+    return all(item.sha256 == source.sha256 if item.sha256 else item.origin == source.origin for item, source in pairs)

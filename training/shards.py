@@ -1,8 +1,8 @@
 """The prepared data folder: flat little-endian token shards and a `manifest.json` that describes them.
 
-    DATA_DIR/manifest.json            counts, digests, splits
-    DATA_DIR/tokenizer/               the tokenizer's own files
-    DATA_DIR/{train,val}-00000.bin    uint16 tokens, or uint32 when the vocabulary exceeds 65,536
+    DATA_DIR/manifest.json                 counts, digests, splits
+    DATA_DIR/tokenizer/                    the tokenizer's own files
+    DATA_DIR/{train,val,test}-00000.bin    uint16 tokens, or uint32 when the vocabulary exceeds 65,536
 
 Free of torch.
 """
@@ -35,12 +35,13 @@ class ShardInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class SplitInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`bytes` and `characters` count the text, document separators excluded."""
+    """`bytes` and `characters` count the text, document separators excluded; a document cut in two counts in both."""
 
     tokens: int
     bytes: int
     characters: int
     shards: tuple[ShardInfo, ...]
+    documents: int = 1
 
 
 class SourceInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -50,7 +51,10 @@ class SourceInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class DataManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a data folder holds. `tokenizer` is the kind asked for, `tokenizer_digest` the tokenizer's identity."""
+    """What a data folder holds. `tokenizer` is the tokenizer's kind, `tokenizer_digest` its identity.
+
+    The last fields say how text was divided into documents and these into splits.
+    """
 
     version: int
     dtype: str
@@ -60,6 +64,10 @@ class DataManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     val_fraction: float
     sources: tuple[SourceInfo, ...]
     splits: dict[str, SplitInfo]
+    test_fraction: float = 0.0
+    split: str = "tail"
+    documents: str = "file"
+    text_keys: tuple[str, ...] = ("text",)
 
     @property
     def token_dtype(self) -> np.dtype[Any]:
@@ -116,25 +124,26 @@ class SplitWriter:
         self._shards: list[ShardInfo] = []
         self._file: Any = None
         self._room = 0
-        self._tokens = self._bytes = self._characters = 0
+        self._tokens = self._bytes = self._characters = self._documents = 0
 
-    def append(self, tokens: npt.NDArray[Any], text: str = "") -> None:
-        """`text` is what the tokens stand for; it is only counted."""
-        self._bytes += len(text.encode())
-        self._characters += len(text)
+    def append(self, tokens: npt.NDArray[Any], *, num_bytes: int, characters: int, documents: int) -> None:
+        """The counts are of the text that the tokens stand for."""
         self._tokens += len(tokens)
+        self._bytes += num_bytes
+        self._characters += characters
+        self._documents += documents
         while len(tokens):
             if self._room == 0:
                 self._open()
             part, tokens = tokens[: self._room], tokens[self._room :]
-            data = part.astype(self._dtype).tobytes()
+            data = part.astype(self._dtype, copy=False).tobytes()
             self._file.write(data)
             self._hash.update(data)
             self._room -= len(part)
 
     def close(self) -> SplitInfo:
         self._finish_shard()
-        return SplitInfo(self._tokens, self._bytes, self._characters, tuple(self._shards))
+        return SplitInfo(self._tokens, self._bytes, self._characters, tuple(self._shards), self._documents)
 
     def _open(self) -> None:
         self._finish_shard()

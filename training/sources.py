@@ -1,23 +1,26 @@
-"""Where training text comes from: local UTF-8 files, or a URL with the sha256 that its content must have.
+"""What `prepare` is told to read: files, folders, URLs with a sha256, datasets of Hugging Face. Free of torch.
 
-A source is read as a stream, so that a file larger than memory can be prepared. Free of torch.
+Inputs are checked before anything is downloaded or written; `fetch` then brings them onto this machine.
 """
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import os
-import re
 import shutil
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 from urllib.parse import urlparse
 
 from model.manifest import file_sha256
 from training.errors import DataError, RecipeError
+from training.readers import KNOWN_SUFFIXES, file_format
+from training.token_split import in_threads
 
 # Short names for `--input`: (URL, sha256).
 KNOWN_SOURCES = {
@@ -26,16 +29,34 @@ KNOWN_SOURCES = {
         "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
     )
 }
+HUB_PREFIX = "hf:"
+# What the datasets library leaves in a folder that it saved.
+_SAVED_DATASET_FILES = ("dataset_dict.json", "state.json")
 _CHUNK = 1 << 20
 _DOWNLOAD_TIMEOUT_SECONDS = 60
-# A line end between two characters that are not white space. Byte, character and GPT-2 tokenizers never
-# join tokens across it, so that text cut there encodes to the same ids as the whole.
-_SAFE_CUT = re.compile(r"(?<=\S)\n(?=\S)")
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One file or dataset, checked as far as that needs no download.
+
+    `location` is a path, a URL or a dataset's name behind `hf:`. `sha256` is "" where it is not known beforehand.
+    """
+
+    kind: Literal["file", "url", "dataset"]
+    origin: str
+    location: str
+    sha256: str
+    num_bytes: int = 0
+
+    @property
+    def is_plain_text(self) -> bool:
+        return self.kind != "dataset" and file_format(_url_name(self.location)).kind == "text"
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One document of text: `origin` as the user named it, `path` where its bytes are."""
+    """A file on this machine: `origin` as the user named it, `path` where its bytes are."""
 
     origin: str
     path: Path
@@ -43,36 +64,28 @@ class Source:
     num_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Input:
-    """What the user named, checked as far as that needs no download: a local file or a URL with its digest."""
-
-    origin: str
-    sha256: str
-    file_name: str
-    path: Path | None = None
-
-
-def check_inputs(inputs: Sequence[str], digests: Sequence[str]) -> list[Input]:
-    """`digests` belong to the URLs in the order of `inputs`; a short name brings its own.
+def check_inputs(
+    inputs: Sequence[str], digests: Sequence[str], on_notice: Callable[[str], None] = lambda line: None
+) -> list[Input]:
+    """`digests` belong to the URLs in the order of `inputs`; a short name brings its own. Folders are walked through.
 
     Raises RecipeError for a URL without a digest, DataError for a file that is missing or empty.
     """
     if not inputs:
-        raise RecipeError("--input names no text: give a file, a URL or a short name")
+        raise RecipeError("--input names no text: give a file, a folder, a URL, hf:OWNER/NAME or a short name")
     remaining = list(digests)
     checked: list[Input] = []
     for item in inputs:
         if item in KNOWN_SOURCES and not Path(item).exists():
-            url, digest = KNOWN_SOURCES[item]
-            checked.append(Input(url, digest, f"{item}.txt"))
+            checked.append(Input("url", KNOWN_SOURCES[item][0], *KNOWN_SOURCES[item]))
         elif urlparse(item).scheme in ("http", "https"):
             if not remaining:
                 raise RecipeError(f"{item}: a URL needs --sha256 with the digest of its content")
-            name = f"{len(checked)}-{Path(urlparse(item).path).name or 'input'}"
-            checked.append(Input(item, remaining.pop(0).lower(), name))
+            checked.append(Input("url", item, item, remaining.pop(0).lower()))
+        elif item.startswith(HUB_PREFIX):
+            checked.append(Input("dataset", item, item.removeprefix(HUB_PREFIX), ""))
         else:
-            checked.append(_local(item))
+            checked.extend(_local(item, on_notice))
     if remaining:
         raise RecipeError("--sha256 is given more often than there are URLs in --input")
     return checked
@@ -80,53 +93,60 @@ def check_inputs(inputs: Sequence[str], digests: Sequence[str]) -> list[Input]:
 
 def fetch(item: Input, folder: Path) -> Source:
     """Local files stay where they are; URLs are downloaded into `folder`. Raises DataError for another digest."""
-    path = item.path or _download(item.origin, item.sha256, folder / item.file_name)
+    if item.kind == "file":
+        return Source(item.origin, Path(item.location), item.sha256, item.num_bytes)
+    target = folder / str(len(list(folder.iterdir()))) / (_url_name(item.location) or "input")
+    path = _download(item.location, item.sha256, target)
     return Source(item.origin, path, item.sha256, path.stat().st_size)
 
 
-def read_text(source: Source) -> Iterator[str]:
-    """The text in chunks of about a million characters, line ends untouched. Raises DataError if not UTF-8."""
-    try:
-        with source.path.open(encoding="utf-8", newline="") as file:
-            while chunk := file.read(_CHUNK):
-                yield chunk
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{source.origin}: not UTF-8 text (byte {error.object[error.start]:#x}); convert it first"
-        ) from None
-
-
-def read_pieces(source: Source, *, cut: bool) -> Iterator[str]:
-    """The text in pieces that may be encoded one by one; the whole text as one piece when not `cut`."""
-    if not cut:
-        yield "".join(read_text(source))
-        return
-    rest = ""
-    for chunk in read_text(source):
-        rest += chunk
-        end = _last_cut(rest, max(0, len(rest) - len(chunk) - 2))
-        if end:
-            yield rest[:end]
-            rest = rest[end:]
-    if rest:
-        yield rest
-
-
-def _last_cut(text: str, start: int) -> int:
-    """End of the last safe cut at or after `start`; 0 where there is none."""
-    ends = [match.end() for match in _SAFE_CUT.finditer(text, start)]
-    return ends[-1] if ends else 0
-
-
-def _local(item: str) -> Input:
+def _local(item: str, on_notice: Callable[[str], None]) -> list[Input]:
     path = Path(item)
     if path.is_dir():
-        raise DataError(f"{item}: a folder; name the text files in it one by one")
+        return _saved_dataset(path) if _is_saved_dataset(path) else _folder(path, on_notice)
     if not path.is_file():
         raise DataError(f"{item}: no such file")
     if path.stat().st_size == 0:
         raise DataError(f"{item}: the file is empty")
-    return Input(path.name, file_sha256(path), path.name, path)
+    return [Input("file", path.name, str(path), file_sha256(path), path.stat().st_size)]
+
+
+def _folder(folder: Path, on_notice: Callable[[str], None]) -> list[Input]:
+    """Every file below the folder whose name ends in a known way, sorted by path; hidden ones are passed over."""
+    visible = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_hidden(path, folder)]
+    known = [path for path in visible if file_format(path.name).is_known and path.stat().st_size]
+    others = len(visible) - len(known)
+    if not known:
+        raise DataError(f"{folder}: holds no file that ends in {', '.join(KNOWN_SUFFIXES)}; name the files themselves")
+    if others:
+        first = next(path for path in visible if path not in set(known))
+        on_notice(f"{folder}: {others} files are left out, being empty or of an unknown kind, such as {first.name}")
+    digests = in_threads(file_sha256, known)
+    return [
+        Input("file", str(path.relative_to(folder.parent)), str(path), digest, path.stat().st_size)
+        for path, digest in zip(known, digests, strict=True)
+    ]
+
+
+def _is_hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def _is_saved_dataset(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _SAVED_DATASET_FILES)
+
+
+def _saved_dataset(folder: Path) -> list[Input]:
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    lines = [
+        f"{digest}  {path.relative_to(folder)}\n"
+        for path, digest in zip(paths, in_threads(file_sha256, paths), strict=True)
+    ]
+    return [Input("dataset", folder.name, str(folder), hashlib.sha256("".join(lines).encode()).hexdigest())]
+
+
+def _url_name(location: str) -> str:
+    return Path(urlparse(location).path).name
 
 
 def _download(url: str, sha256: str, target: Path) -> Path:

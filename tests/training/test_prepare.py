@@ -12,20 +12,32 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
+from hypothesis import given
+from hypothesis import strategies as st
 
 from model.errors import QuillError
 from model.tokenizer import Tokenizer
 from tests.training.conftest import make_text
 from training.errors import DataError, RecipeError
 from training.prepare import PrepareRequest, prepare
+from training.readers import cut_text
 from training.shards import data_digest, read_manifest
-from training.sources import Source, read_pieces
 
 
 def tokens_of(folder: Path, split: str) -> list[int]:
     manifest = read_manifest(folder)
     parts = [np.fromfile(folder / shard.file, manifest.token_dtype) for shard in manifest.splits[split].shards]
     return np.concatenate(parts).tolist()
+
+
+@functools.cache
+def tiktoken_gpt2() -> tiktoken.Encoding:
+    """tiktoken itself, with GPT-2's published pattern, as the oracle."""
+    tokenizer = Tokenizer.gpt2()
+    pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+    ranks = {tokenizer.token_bytes(i): i for i in range(50_256)}
+    return tiktoken.Encoding("oracle", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50_256})
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bytes", "char"])
@@ -63,16 +75,20 @@ def test_manifest_states_the_digest_of_every_shard(text_file: Path, tmp_path: Pa
     assert {path.name for path in out.iterdir()} == {"manifest.json", "tokenizer", *listed}
 
 
-def test_text_in_pieces_encodes_like_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.sources._CHUNK", 97)
-    text = make_text(800, seed=3) + "end  \n\n  x\n\ty\r\nz"
-    path = tmp_path / "a.txt"
-    path.write_bytes(text.encode())
-    pieces = list(read_pieces(Source("a.txt", path, "", len(text)), cut=True))
-    assert len(pieces) > 20
-    assert "".join(pieces) == text
-    for tokenizer in (Tokenizer.gpt2(), Tokenizer.bytes()):
-        assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
+@given(st.text(st.sampled_from(list("ab'st 1.,  \n\n\t\r\u00a0\u2003\u0085\x1cé字🖋")), max_size=60), st.integers(1, 20))
+def test_text_in_pieces_encodes_like_the_whole(text: str, size: int) -> None:
+    chunks = [text[start : start + size] for start in range(0, len(text), size)]
+    assert list(cut_text(chunks, "never")) == ([text] if text else [])
+    assert "".join(cut_text(chunks, "words")) == "".join(cut_text(chunks, "anywhere")) == text
+    ordinary = tiktoken_gpt2().encode_ordinary
+    assert [i for piece in cut_text(chunks, "words") for i in ordinary(piece)] == ordinary(text)
+
+
+def test_long_text_really_comes_in_pieces() -> None:
+    text = make_text(800, seed=3)
+    chunks = [text[start : start + 97] for start in range(0, len(text), 97)]
+    assert len(list(cut_text(chunks, "words"))) > len(chunks) * 0.9
+    assert list(cut_text(chunks, "anywhere")) == chunks
 
 
 def test_documents_are_separated_by_end_of_text(tmp_path: Path) -> None:
@@ -86,7 +102,8 @@ def test_documents_are_separated_by_end_of_text(tmp_path: Path) -> None:
 
 
 def test_workers_give_the_same_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.sources._CHUNK", 500)
+    monkeypatch.setattr("training.readers._CHUNK", 500)
+    monkeypatch.setattr("training.encode._BATCH_CHARACTERS", 900)
     (tmp_path / "a.txt").write_text(make_text(600, seed=5), encoding="utf-8")
     one, _ = prepare(PrepareRequest((str(tmp_path / "a.txt"),), tmp_path / "one", "bytes"))
     two, _ = prepare(PrepareRequest((str(tmp_path / "a.txt"),), tmp_path / "two", "bytes", workers=2))
@@ -121,9 +138,11 @@ def test_bad_input_is_one_clear_error_and_leaves_nothing(tmp_path: Path) -> None
     (tmp_path / "latin1.txt").write_bytes("caf\u00e9".encode("latin-1"))
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "tokenizer.json").write_text("{")
+    (tmp_path / "nothing").mkdir()
     cases: list[tuple[dict[str, object], type[QuillError], str]] = [
         ({"inputs": (str(tmp_path / "absent.txt"),)}, DataError, "absent.txt: no such file"),
-        ({"inputs": (str(tmp_path),)}, DataError, "a folder"),
+        ({"inputs": (str(tmp_path / "damaged"),)}, DataError, r"damaged.tokenizer\.json, item 1: not a JSON object"),
+        ({"inputs": (str(tmp_path / "nothing"),)}, DataError, "holds no file that ends in"),
         ({"inputs": (str(tmp_path / "empty.txt"),)}, DataError, "the file is empty"),
         ({"inputs": (str(tmp_path / "one.txt"),)}, DataError, "split would be empty"),
         ({"inputs": (str(tmp_path / "latin1.txt"),)}, DataError, "not UTF-8"),
@@ -140,7 +159,7 @@ def test_bad_input_is_one_clear_error_and_leaves_nothing(tmp_path: Path) -> None
     with pytest.raises(RecipeError, match="--val-fraction"):
         PrepareRequest(("a",), tmp_path / "out", val_fraction=1.0)
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"empty.txt", "one.txt", "latin1.txt", "damaged"}
+    assert names == {"empty.txt", "one.txt", "latin1.txt", "damaged", "nothing"}
 
 
 class QuietHandler(SimpleHTTPRequestHandler):

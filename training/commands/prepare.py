@@ -4,42 +4,79 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from training.commands.options import JsonFlag, print_result
 from training.prepare import PrepareRequest, prepare
 
 
 def prepare_command(
-    input: Annotated[list[str], typer.Option("--input", help="text file, URL, or the short name tinyshakespeare")],
+    input: Annotated[
+        list[str],
+        typer.Option("--input", help="file (.txt, .md, .jsonl, .json, .parquet, with .gz or .zst), folder, URL, "
+                                     "hf:OWNER/NAME[:CONFIG][@SPLIT], or the short name tinyshakespeare"),
+    ],
     out: Annotated[Path, typer.Option(help="data folder to write")],
     more: Annotated[list[str] | None, typer.Argument(help="further inputs", metavar="INPUT")] = None,
     tokenizer: Annotated[str, typer.Option(help="gpt2, char, bytes, or a tokenizer.json or its folder")] = "gpt2",
-    val_fraction: Annotated[float, typer.Option(help="share of the characters, from the end, for validation")] = 0.1,
+    val_fraction: Annotated[float, typer.Option(help="share of the text for validation")] = 0.1,
+    test_fraction: Annotated[float, typer.Option(help="share of the text for a test split")] = 0.0,
+    split: Annotated[
+        Literal["auto", "tail", "documents"],
+        typer.Option(help="tail: the last text; documents: whole documents by their hash; auto: tail for plain files"),
+    ] = "auto",
+    documents: Annotated[
+        Literal["file", "line", "blank-line"], typer.Option(help="what ends a document of a plain text file")
+    ] = "file",
+    text_key: Annotated[
+        list[str] | None, typer.Option(help="field of a row that holds its text [text]; several are joined")
+    ] = None,
     sha256: Annotated[list[str] | None, typer.Option(help="digest of each URL's content, in their order")] = None,
-    workers: Annotated[int, typer.Option(help="processes that tokenise")] = 1,
+    workers: Annotated[int, typer.Option(help="processes that tokenise; 0 = one per core, if the text is large")] = 0,
     force: Annotated[bool, typer.Option(help="replace other prepared data in --out")] = False,
     as_json: JsonFlag = False,
-) -> None:
-    """Turn text into token shards with a manifest, split into training and validation."""
+) -> None:  # fmt: skip
+    """Turn text into token shards with a manifest, split into training, validation and test."""
     request = PrepareRequest(
         inputs=(*input, *(more or ())), out=out, tokenizer=tokenizer, val_fraction=val_fraction,
-        digests=tuple(sha256 or ()), workers=workers, force=force,
+        test_fraction=test_fraction, digests=tuple(sha256 or ()), workers=workers, force=force, documents=documents,
+        split=split, text_keys=tuple(text_key or ("text",)),
     )  # fmt: skip
-    with Progress(console=Console(stderr=True), disable=as_json or not sys.stderr.isatty()) as bar:
-        task = bar.add_task("tokenising", total=None)
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=as_json or not sys.stderr.isatty()) as bar:
+        tasks = {}
+
+        def on_progress(what: str, done: int, total: int | None) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, total=total)
+
         manifest, written = prepare(
-            request, on_progress=lambda done, total: bar.update(task, completed=done, total=total)
-        )
+            request, on_progress=on_progress,
+            on_notice=lambda line: console.print(f"notice: {line}", style="yellow", markup=False),
+        )  # fmt: skip
     splits = {
-        name: {"tokens": split.tokens, "bytes": split.bytes, "characters": split.characters}
+        name: {
+            "tokens": split.tokens,
+            "bytes": split.bytes,
+            "characters": split.characters,
+            "documents": split.documents,
+        }
         for name, split in manifest.splits.items()
     }
     print_result(as_json, {"out": str(out), "vocab_size": manifest.vocab_size, "written": written, **splits}, lines=[
         f"{out}: {'written' if written else 'already prepared'}, vocabulary {manifest.vocab_size:,}",
-        *(f"{name}: {s['tokens']:,} tokens, {s['characters']:,} characters" for name, s in splits.items()),
+        *(f"{name}: {s['tokens']:,} tokens, {s['characters']:,} characters, {s['documents']:,} documents"
+          for name, s in splits.items()),
     ])  # fmt: skip
