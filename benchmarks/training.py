@@ -96,7 +96,12 @@ def _compare(args: argparse.Namespace, folder: Path, console: Console) -> dict[s
     if args.nanogpt is None:
         raise BenchmarkError("name your clone of nanoGPT with --nanogpt DIR (github.com/karpathy/nanoGPT)")
     plan = training_compare.make_plan(
-        args.device, args.threads, quick=args.quick, rounds=args.rounds, overrides=tuple(args.override)
+        args.device,
+        args.threads,
+        quick=args.quick,
+        rounds=args.rounds,
+        steps=args.steps,
+        overrides=tuple(args.override),
     )
     text = args.text or training_compare.default_text(args.nanogpt)
     return training_compare.run_compare(plan, args.nanogpt.absolute(), text, folder, console)
@@ -156,6 +161,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--rounds", type=int, default=3, help="compare: runs of each system")
+    parser.add_argument("--steps", type=int, default=12, help="compare: timed steps of each run")
     parser.add_argument(
         "--override", action="append", default=[], metavar="SECTION.KEY=VALUE", help="compare: passed on to our trainer"
     )
@@ -168,8 +174,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: benchmarks/results/DATE-training.json")
     args = parser.parse_args(argv)
     args.command = list(sys.argv[1:] if argv is None else argv)
-    if args.rounds < 1 or args.threads < 1:
-        parser.error("--rounds and --threads must be at least 1")
+    if min(args.rounds, args.steps, args.threads) < 1:
+        parser.error("--rounds, --steps and --threads must be at least 1")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -153,7 +153,9 @@ def test_all_leaves_out_what_has_no_input_and_says_so(tmp_path: Path) -> None:
     assert list(training.chosen_modes(everything, tmp_path, console)) == list(training.MODES)
 
 
-@pytest.mark.parametrize("words", [["ladder", "--rounds", "0"], ["ladder", "--text", "/no/such"], ["no-mode"]])
+@pytest.mark.parametrize(
+    "words", [["ladder", "--rounds", "0"], ["compare", "--steps", "0"], ["ladder", "--text", "/no/such"], ["no-mode"]]
+)
 def test_wrong_usage_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         training.parse_args(words)

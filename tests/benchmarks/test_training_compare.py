@@ -21,6 +21,7 @@ from benchmarks.training_compare import (
     Limits,
     compare,
     make_plan,
+    measure_limits,
     our_recipe,
     print_limits,
     summarise,
@@ -78,7 +79,8 @@ def clone(tmp_path: Path) -> Path:
 
 def limits(**changes: Any) -> Limits:
     values: dict[str, Any] = {
-        "matmul": {"float32": 400e9, "bfloat16": 900e9}, "flops_per_token": 6e7, "flops_per_step": 360e9,
+        "matmul": {"float32": 400e9, "bfloat16": 900e9}, "flops_per_token": 6e7, "flops_per_step": 400e9,
+        "least_flops_per_step": 360e9,
         "data_sheet": None,
     }  # fmt: skip
     return Limits(**(values | changes))
@@ -133,7 +135,7 @@ def test_train_py_is_told_the_sizes_and_keeps_its_own_precision() -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_our_recipe_is_the_same_workload_and_leaves_the_rest_to_its_defaults(device: str, tmp_path: Path) -> None:
-    plan = make_plan(device, 2, quick=False, rounds=3, overrides=())
+    plan = make_plan(device, 2, quick=False, rounds=3, steps=12, overrides=())
     tree = our_recipe(plan, 0.2, tmp_path)
     config = build_config(tree | {"run": {"dir": "r"}})
     assert config.tokens_per_step == plan.tokens_per_step
@@ -162,6 +164,16 @@ def test_ratios_stand_beside_goals_and_limits() -> None:
     assert compare("cpu", {SHIPPED: figures(1.0)}, limits()) == []
 
 
+def test_the_least_work_counts_attention_over_the_past_alone() -> None:
+    """6 per weight and 12·L·D·T for attention, of which a causal model computes (T + 1) / 2T."""
+    found = measure_limits(make_plan("cpu", 1, quick=True, rounds=1, steps=1, overrides=()), 65)
+    weights = 2 * 12 * 32**2 + 5 * 32 + 65 * 32
+    assert found.flops_per_token == 6 * weights + 12 * 2 * 32 * 32
+    assert found.flops_per_step == 64 * found.flops_per_token
+    assert found.least_flops_per_step == 64 * (6 * weights + 12 * 2 * 32 * (32 + 1) / 2)
+    assert found.step_seconds("float32") == found.least_flops_per_step / found.matmul["float32"]
+
+
 def test_on_cuda_utilisation_is_measured_against_the_data_sheet() -> None:
     card = limits(matmul={"float32": 50e12, "bfloat16": 790e12}, flops_per_token=8.6e8, data_sheet=989e12)
     ours = {"step_ms": 1_000.0, "step_ms_min": 1_000.0, "tokens_per_second": 518_000.0}
@@ -181,7 +193,7 @@ def test_on_cuda_utilisation_is_measured_against_the_data_sheet() -> None:
 )
 def test_the_reader_is_told_what_is_attainable(bfloat16: float, words: str) -> None:
     output = io.StringIO()
-    plan = make_plan("cpu", 2, quick=False, rounds=1, overrides=())
+    plan = make_plan("cpu", 2, quick=False, rounds=1, steps=12, overrides=())
     found = limits(matmul={"float32": 400e9, "bfloat16": bfloat16})
     print_limits(Console(file=output, width=500), plan, found, [{SHIPPED: figures(1_600.0)}])
     assert words in output.getvalue()
