@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store
 
 from training.build import resolve_device
-from training.errors import RecipeError
+from training.errors import LostRankError, RecipeError
 
 _FAILURES = "quill/failures"
 _POLL_SECONDS = 1.0
@@ -72,10 +72,12 @@ class Distributed:
         watcher.start()
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             self._done.set()
             if _take_number(store) > 1:
                 raise SystemExit(1) from None
+            if _is_lost_connection(error):
+                raise LostRankError(f"rank {self.rank} lost the others; start the run again, it resumes") from error
             raise
         self.close()
 
@@ -106,11 +108,6 @@ def init_distributed(device_name: str, environment: Mapping[str, str] = os.envir
     else:
         dist.init_process_group("gloo")
     return Distributed(device, rank, world_size)
-
-
-def speaks_alone(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process tells what is wrong before there is a group: one on each machine does."""
-    return environment.get("LOCAL_RANK", "0") == "0"
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -157,3 +154,7 @@ def _take_number(store: Store) -> int:
         return int(store.add(_FAILURES, 1))
     except RuntimeError:
         return 2  # the store is gone: whoever kept it has failed before and has spoken
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    return isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo" in str(error))

@@ -61,7 +61,7 @@ class ParallelModel:
             # Compiled inside of DDP: the other way round, dynamo cannot split graphs that recompute activations.
             self._train = self._ddp = nn.parallel.DistributedDataParallel(
                 cast(nn.Module, self._train), device_ids=[device.index] if device.type == "cuda" else None,
-                gradient_as_bucket_view=True, broadcast_buffers=False,
+                gradient_as_bucket_view=True,
             )  # fmt: skip
 
     @property

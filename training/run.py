@@ -26,6 +26,7 @@ from training.dataset import Dataset, make_loader, open_dataset
 from training.distributed import Distributed, init_distributed
 from training.errors import RecipeError
 from training.generate import prompt_ids
+from training.launch import one_voice
 from training.optim import build_optimizers
 from training.parallel import ParallelModel
 from training.progress import Progress
@@ -54,12 +55,14 @@ def run_training(config: TrainConfig, resume: Resume, console: Console) -> bool:
     Raises RecipeError, DataError, ResumeError or the model package's errors before anything that an earlier run
     wrote is replaced, and DivergedError while training. Under torchrun all ranks call it.
     """
-    distributed = init_distributed(config.train.device)
+    with one_voice():
+        distributed = init_distributed(config.train.device)
     with distributed.failing_together():
-        return _run(config, resume, console, distributed)
+        return run_on_rank(config, resume, console, distributed)
 
 
-def _run(config: TrainConfig, resume: Resume, console: Console, distributed: Distributed) -> bool:
+def run_on_rank(config: TrainConfig, resume: Resume, console: Console, distributed: Distributed) -> bool:
+    """`run_training` in a group that has been joined."""
     run_dir = Path(config.run.dir)
     if distributed.is_main:
         require_usable(run_dir, resume)

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
+from training.launch import one_voice
 from training.recipe import describe_fields, load_config
 
 EPILOG = "Keys, their defaults and meaning:\n\n" + describe_fields()
@@ -21,7 +22,8 @@ def train(
     ] = "auto",
 ) -> None:
     """Train by a recipe. SIGTERM saves and exits 0; the same command then goes on where it stopped."""
-    config = load_config(recipe, overrides or ())
+    with one_voice():
+        config = load_config(recipe, overrides or ())
     from training.run import run_training
 
     run_training(config, resume, Console())
