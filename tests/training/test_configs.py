@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -13,11 +14,13 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from model.config import ModelConfig, count_parameters
+from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from tests.training.conftest import make_text, train
 from tests.training.shell import shell_commands, training_command
 from training.build import make_model_config
+from training.generate import generate_from_checkpoint
 from training.prepare import PrepareRequest, prepare
 from training.recipe import CONFIGS, leading_comment, load_config, recipe_names, recipe_summary
 
@@ -116,8 +119,8 @@ def test_the_smoke_run_learns(tmp_path: Path) -> None:
     prepare(PrepareRequest((str(tmp_path / "text.txt"),), tmp_path / "data", "bytes"))
     config = load_config(
         "cpu-smoke",
-        [f"data.dir={tmp_path / 'data'}", f"run.dir={tmp_path / 'run'}", "train.max_steps=60",
-         "train.eval_interval=30", "train.eval_tokens=4096", "run.sample_prompt=the", "run.sample_tokens=20"],
+        [f"data.dir={tmp_path / 'data'}", f"run.dir={tmp_path / 'run'}", "train.max_steps=40",
+         "train.eval_interval=20", "train.eval_tokens=4096", "run.sample_prompt=the", "run.sample_tokens=20"],
     )  # fmt: skip
     output = train(config)
     first, last = validation_losses(tmp_path / "run")
@@ -148,5 +151,10 @@ def test_the_names_run_learns_where_names_end(tmp_path: Path) -> None:
     letters = sum(map(len, names)) / len(names)
     best = (letters / 2 * (math.log(9) + math.log(5)) + math.log(4)) / (letters + 1)
     assert best - 0.1 < validation_losses(tmp_path / "run")[-1] < best + 0.25
-    samples = Tokenizer.load(tmp_path / "run" / "checkpoints" / "best")
-    assert samples.eos_token_id is not None
+    params = [SamplingParams(max_tokens=12, temperature=0.8, seed=seed) for seed in range(20)]
+    samples = generate_from_checkpoint(
+        tmp_path / "run" / "checkpoints" / "best", "", params, device="cpu", dtype=torch.float32
+    )
+    syllables = re.compile(r"(?:[bdklmnrst][aeiou]){1,4}")
+    ended = [sample.text for sample in samples if sample.finish_reason == "stop"]
+    assert sum(syllables.fullmatch(text) is not None for text in ended) >= 10
