@@ -22,27 +22,30 @@ class Sequences(Protocol):
 class MicroBatches:
     """Sequences as inputs and targets [B, T] on `device`.
 
-    A batch depends on its numbers alone. What was fetched ahead is only used if it is what is asked for, so the
-    thread cannot change what is learnt. `stride` is the distance to the next batch that will be wanted.
+    For a GPU the next batch is read and pinned on another thread meanwhile; on the CPU, whose cores are busy with the
+    current one, nothing would be gained. A batch depends on its numbers alone, and what was fetched ahead is only
+    used if it is what is asked for, so the thread cannot change what is learnt. `stride` is the distance to the next
+    batch that will be wanted.
     """
 
     def __init__(self, loader: Sequences, count: int, stride: int, device: torch.device) -> None:
         self._loader, self._count, self._stride, self._device = loader, count, stride, device
-        self._pool = ThreadPoolExecutor(1, "batches", initializer=self._prepare)
+        self._pool: ThreadPoolExecutor | None = None
+        if device.type == "cuda":
+            # A thread's CUDA device is the first one until it is told: pinning would open a context there.
+            self._pool = ThreadPoolExecutor(1, "batches", initializer=lambda: torch.cuda.set_device(device))
         self._ahead: tuple[int, Future[Pair]] | None = None
 
     def get(self, first: int) -> Pair:
         """Sequences number first … first + count − 1."""
         inputs, targets = self._take(first)
-        self._ahead = (first + self._stride, self._pool.submit(self._fetch, first + self._stride))
+        if self._pool is not None:
+            self._ahead = (first + self._stride, self._pool.submit(self._fetch, first + self._stride))
         return inputs.to(self._device, non_blocking=True), targets.to(self._device, non_blocking=True)
 
     def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def _prepare(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)  # or pinning memory would open the first one
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
 
     def _take(self, first: int) -> Pair:
         if self._ahead is not None and self._ahead[0] == first:

@@ -27,7 +27,7 @@ class RunLog:
         self._run_dir = Path(config.run.dir)
         self._trackers = make_trackers(config, run_id) if is_main else None
         self._metrics = MetricsLog(self._run_dir / "metrics.jsonl", step) if is_main else None
-        self._page_due: float | None = 0.0 if is_main else None
+        self._page_due = time.monotonic() + _PAGE_SECONDS if is_main else None
 
     def write(self, **values: Any) -> None:
         """One object of metrics.jsonl; NaN and infinity become null."""
@@ -36,17 +36,15 @@ class RunLog:
             self._trackers.log(values)
 
     def page(self, *, now: bool) -> None:
-        """Writes report.html, unless that was done shortly before and need not be `now`.
+        """Writes report.html, unless the last one is not old and it need not be `now`.
 
         A run is worth more than its report: the first failure is told and later ones are not tried.
         """
         if self._page_due is None or (time.monotonic() < self._page_due and not now):
             return
-        self._page_due = time.monotonic() + _PAGE_SECONDS
         try:
-            from training.report_page import write_report  # its plotting library takes a second to import
-
-            write_report(self._run_dir)
+            write_page(self._run_dir)
+            self._page_due = time.monotonic() + _PAGE_SECONDS
         except Exception as error:
             self._page_due = None
             self.report.line(f"report.html cannot be written ({error}); the run goes on without it")
@@ -55,3 +53,9 @@ class RunLog:
         if self._metrics is not None and self._trackers is not None:
             self._metrics.close()
             self._trackers.close()
+
+
+def write_page(run_dir: Path) -> None:
+    from training.report_page import write_report  # its plotting library takes a second to import
+
+    write_report(run_dir)

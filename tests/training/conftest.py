@@ -32,6 +32,17 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def report_page() -> None:
+    """Asked for by a test whose runs shall write report.html, which takes longer than they do."""
+
+
+@pytest.fixture(autouse=True)
+def no_report_page(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "report_page" not in request.fixturenames:
+        monkeypatch.setattr("training.run_log.write_page", lambda run_dir: None)
+
+
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "words.txt"

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from training import run_log
 from training.distributed import init_distributed
 from training.recipe import build_config
 from training.run import run_on_rank
@@ -16,6 +17,7 @@ from training.run import run_on_rank
 
 def main() -> None:
     torch.set_num_threads(1)
+    run_log.write_page = lambda run_dir: None  # drawing takes longer than the runs
     distributed = init_distributed("cpu")
     with distributed.failing_together():
         for tree in json.loads(Path(sys.argv[1]).read_text()):

@@ -64,6 +64,7 @@ def final_bytes(config: TrainConfig) -> list[bytes]:
     return [path.read_bytes() for path in folders]
 
 
+@pytest.mark.usefixtures("report_page")
 def test_a_run_leaves_what_the_contract_names(make_config: ConfigMaker) -> None:
     config = make_config(run__keep=1)
     output = train(config)
@@ -323,7 +324,7 @@ def test_a_preset_takes_the_recipe_s_sizes_and_the_tokenizer_s_vocabulary(make_c
 
 
 def test_impossible_recipes_name_what_is_wrong(make_config: ConfigMaker, monkeypatch: pytest.MonkeyPatch) -> None:
-    cases = [
+    cases: list[tuple[dict[str, object], str]] = [
         ({"train__device": "tpu"}, "device 'tpu' is unknown"),
         ({"train__device": "cuda:99"}, "device 'cuda:99' is not available"),
         ({"model__preset": "gpt2"}, "model.architecture is llama but model.preset gpt2 is a gpt2"),
