@@ -26,7 +26,7 @@ pipeline_tag: text-generation
 
 # {name}
 
-A {class_name} of {parameters:,} parameters, trained with Quill.
+A {class_name} of {parameters:,} parameters, exported by Quill.
 
 | | |
 |---|---|

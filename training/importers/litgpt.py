@@ -57,7 +57,7 @@ def read_litgpt(folder: Path) -> ForeignModel:
     config = replace(config, eos_token_id=_eos_token_id(folder, config.vocab_size))
     weights, step = _weights(read_torch_file(path))
     tensors = tensors_of(path, weights)
-    state = assemble(path, config, _LAYOUT, _with_rows_in_order(config, tensors))
+    state = _assemble(path, config, tensors)
     if torch.equal(state["lm_head.weight"], state["embed_tokens.weight"]):  # litgpt writes a tied head out
         config = replace(config, tie_word_embeddings=True)
         del state["lm_head.weight"]
@@ -175,22 +175,16 @@ def _eos_token_id(folder: Path, vocab_size: int) -> tuple[int, ...] | None:
     return tuple(i for i in ids if type(i) is int and 0 <= i < vocab_size) or None
 
 
-def _with_rows_in_order(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`attn.attn`, if it is there, as `attn.qkv`."""
-    return {
-        name.replace(".attn.attn.", ".attn.qkv."): _ungrouped(config, tensor) if ".attn.attn." in name else tensor
-        for name, tensor in tensors.items()
-    }
+def _assemble(path: Path, config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    if not any(".attn.attn." in name for name in tensors):
+        return assemble(path, config, _LAYOUT, tensors)
+    older = replace(_LAYOUT, layers={**_LAYOUT.layers, "attn.qkv_proj": ("attn.attn",)})
+    state = assemble(path, config, older, tensors)
+    return {name: _ungrouped(config, rows) if ".qkv_proj." in name else rows for name, rows in state.items()}
 
 
 def _ungrouped(config: ModelConfig, rows: Tensor) -> Tensor:
-    """Rows [K·(H/K + 2)·d] or [K·(H/K + 2)·d, D], group by group, in the order q, k, v.
-
-    Other shapes stay as they are, for `assemble` to refuse.
-    """
-    num_rows = config.q_size + 2 * config.kv_size
-    if tuple(rows.shape) not in ((num_rows,), (num_rows, config.hidden_size)):
-        return rows
+    """Rows [K·(H/K + 2)·d, …], group by group, in the order q, k, v."""
     per_group = config.num_heads // config.num_kv_heads + 2
     grouped = rows.reshape(config.num_kv_heads, per_group, config.head_dim, *rows.shape[1:])
     parts = (grouped[:, :-2], grouped[:, -2:-1], grouped[:, -1:])

@@ -51,7 +51,9 @@ def _check_archive(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             _check_members(path, archive)
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError):
+    except CheckpointError:
+        raise
+    except Exception:  # zipfile's own errors, and those of the decoders it uses
         raise CheckpointError(f"{path} is truncated or damaged; copy it again") from None
     return True
 
