@@ -80,13 +80,14 @@ def _facts(run: RunRecord) -> list[tuple[str, str]]:
     """What the run is and what it cost, in a line each."""
     model, speed = run.model, _median(run.train, "tokens_per_second")
     shape = model and f"{model.architecture}, {model.num_layers} layers × {model.hidden_size} wide"
-    mfu = _median(run.train, "mfu")
+    mfu, skipped = _median(run.train, "mfu"), run.train[-1].get("skipped_steps") if run.train else None
     return [
         ("Model", f"{run.parameters:,} parameters" if run.parameters else _UNKNOWN),
         ("Shape", f"{shape}, context {model.max_seq_len:,}, vocabulary {model.vocab_size:,}" if model else _UNKNOWN),
         ("Data", f"{run.provenance.data[:19]}…" if run.provenance.data else _UNKNOWN),
         ("Trained on", f"{run.tokens:,} tokens" if run.tokens else _UNKNOWN),
         ("Time in steps", duration(run.seconds) if run.seconds else _UNKNOWN),
+        *([("Skipped", f"{skipped:,} steps, whose loss or gradient was no number")] if skipped else []),
         ("Speed", _UNKNOWN if speed is None else f"{speed:,.0f} tokens/s" + (f", MFU {mfu:.1%}" if mfu else "")),
     ]
 

@@ -26,7 +26,7 @@ _PANELS = (
     _Panel("tokens_per_second", "Throughput", "tokens per second"),
     _Panel("mfu", "Model FLOPs utilisation", "share of the device's peak", factor=100.0, percent=True),
     _Panel("grad_norm", "Gradient norm, before clipping", "norm", scale="log"),
-    _Panel("peak_memory", "Peak memory", "GiB", factor=2.0**-30),
+    _Panel("memory", "Peak memory", "GiB", factor=2.0**-30),
 )
 
 
