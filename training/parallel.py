@@ -19,11 +19,13 @@ from training.loss import summed_cross_entropy
 class LossModel(nn.Module):
     """Token ids to the summed loss: the root that torch.compile, DDP and FSDP wrap.
 
-    In training mode the loss has the recipe's label smoothing and z-loss; in eval mode it is plain cross-entropy.
+    In training mode the loss has the recipe's label smoothing and z-loss; in eval mode it is plain cross-entropy over
+    the first `vocab_size` tokens, as the saved checkpoint computes it, which has no padding of the vocabulary.
     """
 
-    def __init__(self, transformer: Transformer, settings: TrainSection) -> None:
+    def __init__(self, transformer: Transformer, settings: TrainSection, vocab_size: int) -> None:
         super().__init__()
+        self.vocab_size = vocab_size
         self.transformer = transformer
         self.dtype = DTYPES[settings.dtype]
         extra = {"label_smoothing": settings.label_smoothing, "z_loss": settings.z_loss}
@@ -35,19 +37,27 @@ class LossModel(nn.Module):
         with torch.autocast(inputs.device.type, self.dtype, enabled=self.dtype != torch.float32):
             hidden = self.transformer(inputs)
             return summed_cross_entropy(
-                self.transformer.compute_logits, hidden[:, skip:], targets[:, skip:],
-                vocab_size=self.transformer.config.vocab_size, **extra,
+                self.transformer.compute_logits if self.training else self._unpadded_logits, hidden[:, skip:],
+                targets[:, skip:], vocab_size=self.transformer.config.vocab_size, **extra,
             )  # fmt: skip
+
+    def _unpadded_logits(self, hidden: Tensor) -> Tensor:
+        return self.transformer.compute_logits(hidden)[..., : self.vocab_size]
 
 
 class ParallelModel:
-    """A LossModel on this run's ranks. Weights are float32; autocast chooses the type of products."""
+    """A LossModel on this run's ranks. Weights are float32; autocast chooses the type of products.
 
-    def __init__(self, transformer: Transformer, settings: TrainSection, distributed: Distributed) -> None:
+    `vocab_size` is the tokenizer's, of which the model's may be a padded form.
+    """
+
+    def __init__(
+        self, transformer: Transformer, settings: TrainSection, distributed: Distributed, vocab_size: int
+    ) -> None:
         device = distributed.device
         compiled = settings.compile if settings.compile is not None else device.type == "cuda"
         transformer.recompute_layers = settings.activation_checkpointing
-        self.root = LossModel(transformer, settings)
+        self.root = LossModel(transformer, settings, vocab_size)
         self.is_sharded = distributed.world_size > 1 and settings.parallel == "fsdp"
         self._ddp: nn.parallel.DistributedDataParallel | None = None
         self._train: Callable[[Tensor, Tensor], Tensor] = self.root

@@ -168,7 +168,7 @@ def _make_stepper(config: TrainConfig, inputs: Inputs, found: FoundState | None,
     saved = open_tensors(found.folder) if found is not None else None
     if saved is not None:
         saved.load_weights(transformer)
-    model = ParallelModel(transformer, settings, distributed)
+    model = ParallelModel(transformer, settings, distributed, inputs.dataset.tokenizer.vocab_size)
     optimizers = build_optimizers(transformer, settings)
     scaler = torch.amp.GradScaler(distributed.device.type, enabled=settings.dtype == "float16")
     if saved is not None:

@@ -65,11 +65,14 @@ class Stepper:
         is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if is_finite:
             self._update(step, parameters, norm, grad_norm)
+        skipped = not is_finite and not (math.isfinite(loss) and self._can_scale_down())
         if self.scaler.is_enabled():
             self.scaler.update()
-        # Loss scaling grows until gradients overflow; a step lost to that is part of it, unless the loss was lost too.
-        skipped = not is_finite and not (self.scaler.is_enabled() and math.isfinite(loss))
         return StepResult(loss, grad_norm, skipped, wishes > 0)
+
+    def _can_scale_down(self) -> bool:
+        """Loss scaling grows until gradients overflow, so a step lost to that is part of it; below 1 it is not."""
+        return self.scaler.is_enabled() and self.scaler.get_scale() >= 1.0
 
     def _accumulate(self, sequences: int) -> Tensor:
         """Gradients of this rank's micro-batches. Returns their share of the step's mean loss, still on the device."""

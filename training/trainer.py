@@ -107,8 +107,8 @@ class Trainer:
             )
         if progress.skips_in_a_row >= limit:
             raise DivergedError(
-                f"the loss is {result.loss} and the gradient norm {result.grad_norm} at step {progress.step}, the "
-                f"{limit}. step in a row without a usable gradient; lower train.lr and start a new run.dir, "
+                f"the loss is {result.loss} and the gradient norm {result.grad_norm} at step {progress.step}, "
+                f"number {progress.skips_in_a_row} in a row; lower train.lr and start a new run.dir, "
                 f"for {self.checkpoints.states} keeps the last good state"
             )
 
