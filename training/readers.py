@@ -185,7 +185,8 @@ def _json_rows(stream: BinaryIO, origin: str) -> Iterator[tuple[str, Mapping[str
     decoder, number, wanted = json.JSONDecoder(), 0, _CHUNK
     try:
         with io.TextIOWrapper(stream, encoding="utf-8-sig") as file:
-            chunk = buffer = file.read(_CHUNK).lstrip().removeprefix("[")
+            chunk = file.read(_CHUNK)
+            buffer = chunk.lstrip().removeprefix("[")
             while chunk:
                 position = 0
                 for row, end in _whole_objects(decoder, buffer):
