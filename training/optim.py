@@ -96,15 +96,13 @@ def set_learning_rates(optimizers: Iterable[torch.optim.Optimizer], factor: floa
             group["lr"] = group["peak_lr"] * factor
 
 
-def optimizer_tensors(
-    optimizers: Sequence[torch.optim.Optimizer] | torch.optim.Optimizer, model: nn.Module
-) -> dict[str, Tensor]:
+def optimizer_tensors(optimizers: Iterable[torch.optim.Optimizer], model: nn.Module) -> dict[str, Tensor]:
     """The optimisers' state as `{parameter name}.{moment}`; empty before the first step.
 
     AdamW's moments are exp_avg, exp_avg_sq and step, Muon's is momentum_buffer; under FSDP they are DTensors.
     """
     tensors: dict[str, Tensor] = {}
-    for optimizer in _as_list(optimizers):
+    for optimizer in optimizers:
         for name, parameter in _named_parameters(optimizer, model):
             for moment, value in optimizer.state.get(parameter, {}).items():
                 tensors[f"{name}.{moment}"] = value
@@ -112,9 +110,7 @@ def optimizer_tensors(
 
 
 def load_optimizer_tensors(
-    optimizers: Sequence[torch.optim.Optimizer] | torch.optim.Optimizer,
-    model: nn.Module,
-    tensors: Mapping[str, Tensor],
+    optimizers: Iterable[torch.optim.Optimizer], model: nn.Module, tensors: Mapping[str, Tensor]
 ) -> None:
     """The inverse of `optimizer_tensors`, from whole tensors on the CPU.
 
@@ -124,7 +120,7 @@ def load_optimizer_tensors(
         return  # saved before the first step
     wanted = {
         (optimizer, parameter): {moment: f"{name}.{moment}" for moment in _moments(optimizer)}
-        for optimizer in _as_list(optimizers)
+        for optimizer in optimizers
         for name, parameter in _named_parameters(optimizer, model)
     }
     for (_, parameter), names in wanted.items():
@@ -146,7 +142,8 @@ def _place(value: Tensor, moment: str, parameter: Tensor) -> Tensor:
     if moment == "step":
         # The fused kernel reads the step count where the parameter lives; the others keep it on the CPU.
         return value.to(parameter.device if parameter.is_cuda else "cpu", torch.float32, copy=True)
-    return shard_like(value.to(parameter.device, torch.float32, copy=True), parameter)
+    # A copy of the share alone: the optimiser writes into it, and a view would keep the whole moment in memory.
+    return shard_like(value.to(parameter.device, torch.float32), parameter).clone()
 
 
 def _moments(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
@@ -158,15 +155,6 @@ def _named_parameters(optimizer: torch.optim.Optimizer, model: nn.Module) -> lis
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter in mine]
 
 
-def _as_list(optimizers: Sequence[torch.optim.Optimizer] | torch.optim.Optimizer) -> Sequence[torch.optim.Optimizer]:
-    return [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else optimizers
-
-
 def build_optimizer(model: nn.Module, config: TrainSection) -> torch.optim.AdamW:
     """`build_optimizers` for AdamW alone."""
     return _build_adamw([p for p in model.parameters() if p.requires_grad], config)
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr

@@ -50,9 +50,3 @@ def _decay_progress(step: int, config: TrainSection) -> float:
     if step < stable_until:
         return 0.0
     return min(1.0, (step + 1 - stable_until) / max(1, config.max_steps - stable_until))
-
-
-def learning_rate(step: int, *, peak: float, min_ratio: float, warmup_steps: int, max_steps: int) -> float:
-    """The cosine course of `lr_factor`, times `peak`."""
-    config = TrainSection(min_lr_ratio=min_ratio, warmup_steps=warmup_steps, max_steps=max_steps)
-    return peak * lr_factor(step, config)

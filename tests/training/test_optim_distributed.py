@@ -77,6 +77,12 @@ class Run:
         load_optimizer_tensors(self.optimizers, self.model, state)
 
 
+def held_bytes(run: Run) -> int:
+    """Memory behind this rank's optimiser state."""
+    tensors = optimizer_tensors(run.optimizers, run.model).values()
+    return sum((t.to_local() if isinstance(t, DTensor) else t).untyped_storage().nbytes() for t in tensors)
+
+
 def whole(tensors: Tensors) -> Tensors:
     return {name: full_tensor(tensor.detach()).clone() for name, tensor in tensors.items()}
 
@@ -142,6 +148,7 @@ def check_shares(name: str, before: Run, after: Run) -> None:
     resumed, from_one = Run(name, sharded=True), Run(name, sharded=True)
     resumed.take_over(weights, state)
     from_one.take_over(before.weights(), before.state())
+    assert held_bytes(resumed) == held_bytes(run)
     for each in (run, resumed, from_one):
         each.train(range(3, 6))
     assert_same(resumed.weights(), run.weights())
