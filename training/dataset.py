@@ -51,8 +51,9 @@ class DataFolder(Protocol):
 def open_dataset(config: DataConfig) -> Dataset:
     """Raises DataError, RecipeError or TokenizerError, naming the file, for data that cannot be used."""
     folder = open_folder(Path(config.dir), config.tokenizer)
+    tokenizer = folder.tokenizer  # first: a folder with the wrong one is refused before its shards are read through
     train, val = (folder.open_split(name, verify=config.verify) for name in ("train", "val"))
-    return Dataset(folder.tokenizer, folder.digest, train, val)
+    return Dataset(tokenizer, folder.digest, train, val)
 
 
 def open_split(folder: Path, name: str, *, verify: bool = True, tokenizer: str = "gpt2") -> TokenSplit:
