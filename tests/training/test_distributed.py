@@ -77,7 +77,7 @@ def assert_same_run(run: Path, oracle: Path) -> None:
     ours, theirs = final_tensors(run), final_tensors(oracle)
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
-        torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=2e-5, msg=f"{name} differs")
 
 
 @pytest.fixture(scope="module")

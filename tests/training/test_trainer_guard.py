@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import training.parallel
 from tests.training.conftest import ConfigMaker, train
 from training.checkpoint import read_state, step_folders
 from training.config import TrainConfig
 from training.dataset import open_split
 from training.errors import DivergedError
 from training.evaluate import Evaluation, evaluate_checkpoint
+from training.loss import summed_cross_entropy
 from training.progress import Progress, Stopwatch
 from training.step import StepResult
 from training.trainer import Trainer
@@ -34,7 +34,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[[Iterable[int], float], N
 
     def install(steps: Iterable[int], factor: float) -> None:
         wanted, now = frozenset(steps), [0]
-        original, step = training.parallel.summed_cross_entropy, Trainer.train_step
+        original, step = summed_cross_entropy, Trainer.train_step
 
         def loss(*args: object, **kwargs: object) -> torch.Tensor:
             value = original(*args, **kwargs)  # type: ignore[arg-type]
@@ -44,7 +44,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[[Iterable[int], float], N
             now[0] = self.progress.step + 1
             return step(self)
 
-        monkeypatch.setattr(training.parallel, "summed_cross_entropy", loss)
+        monkeypatch.setattr("training.parallel.summed_cross_entropy", loss)
         monkeypatch.setattr(Trainer, "train_step", counted)
 
     return install

@@ -196,8 +196,13 @@ def test_what_a_background_write_meets_ends_the_run(make_config: ConfigMaker, mo
 def test_the_saver_waits_and_passes_errors_on() -> None:
     done: list[int] = []
     gate = threading.Event()
+
+    def gated() -> None:
+        assert gate.wait(10)
+        done.append(1)
+
     with Saver(background=True) as saver:
-        saver.submit(lambda: (gate.wait(10), done.append(1))[0] and None)
+        saver.submit(gated)
         saver.check()
         assert done == []
         gate.set()
