@@ -82,7 +82,8 @@ def draw(chart: Chart) -> str:
             _plot(axes, curve)
         _dress(axes, chart)
         buffer = io.StringIO()
-        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
+        canvas: Any = FigureCanvasSVG(figure)  # print_svg has no types; print_figure has, but draws everything twice
+        canvas.print_svg(buffer, metadata={"Date": None, "Creator": None})
     return _for_the_page(buffer.getvalue(), chart)
 
 
