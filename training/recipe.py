@@ -38,13 +38,14 @@ def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> TrainConfi
 
 def find_recipe(recipe: str | Path) -> Path:
     """The file of that path, or the package's recipe of that name. Raises RecipeError where there is neither."""
-    path = Path(recipe)
-    if path.exists():
+    path, known = Path(recipe), recipe_names()
+    if path.is_file():
         return path
-    known = recipe_names()
     is_name = len(path.parts) == 1 and path.suffix in ("", ".toml")
     if is_name and path.stem in known:
         return CONFIGS / f"{path.stem}.toml"
+    if path.exists():
+        return path
     hint = did_you_mean(path.stem, known) if is_name else f"; known by name are {', '.join(known)}"
     raise RecipeError(f"{recipe}: no such recipe{hint}")
 

@@ -183,6 +183,7 @@ def test_a_recipe_of_the_package_goes_by_its_name(tmp_path: Path, monkeypatch: p
     own = tmp_path / "shakespeare.toml"
     own.write_text(tomli_w.dumps(MINIMAL))
     assert load_config(Path("shakespeare.toml")).data.dir == "d"  # a file comes first
+    (tmp_path / "shakespeare").mkdir()  # of a run, or of data
     assert load_config(Path("shakespeare")).data.dir == "data/shakespeare"
 
 
