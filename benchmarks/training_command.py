@@ -72,9 +72,9 @@ def read_metrics(path: Path, *, dropped: int) -> RunFigures:
     `tokens_per_second` of a line covers the steps since the line before; `tokens` counts from the start of the run.
     """
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    steps = [line for line in lines if line["split"] == "train"]
+    steps = [line for line in lines if line["split"] == "train" and line["step"] > dropped]
     losses = [line["loss"] for line in lines if line["split"] == "val"]
-    timed = [line["tokens"] / line["step"] / line["tokens_per_second"] for line in steps if line["step"] > dropped]
+    timed = [line["tokens"] / line["step"] / line["tokens_per_second"] for line in steps if line["tokens_per_second"]]
     if not timed or not losses:
         raise SystemFailedError(f"{path.name} has no training step after the first {dropped}, or no validation")
     return RunFigures(timed, losses[-1])

@@ -143,15 +143,17 @@ def measure_final(plan: LadderPlan, folder: Path) -> dict[str, Any]:
 
 
 def add_ratios(rows: Sequence[dict[str, Any]]) -> None:
-    """To each measured row: its speed over the first rung's and over that of the last measured rung before it."""
-    first = previous = None
+    """To each measured row: its speed over the first rung's and over that of the last measured rung before it.
+
+    None where there is no such rung.
+    """
+    first, previous = rows[0].get("tokens_per_second"), None
     for row in rows:
         speed = row.get("tokens_per_second")
-        if speed is None:
-            continue
-        first, previous = first or speed, previous or speed
-        row["over_first"], row["over_previous"] = speed / first, speed / previous
-        previous = speed
+        if speed is not None:
+            row["over_first"] = speed / first if first else None
+            row["over_previous"] = speed / previous if previous else None
+            previous = speed
 
 
 def print_ladder(console: Console, plan: LadderPlan, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -163,7 +165,7 @@ def print_ladder(console: Console, plan: LadderPlan, rows: Sequence[Mapping[str,
         name = row["rung"] + (f" ({row['note']})" if "note" in row else "")
         if "tokens_per_second" in row:
             cells = [f"{row['step_ms']:,.1f}", f"{row['tokens_per_second']:,.0f}"]
-            cells += [f"{row[key]:.2f}" for key in ("over_first", "over_previous")]
+            cells += ["–" if row[key] is None else f"{row[key]:.2f}" for key in ("over_first", "over_previous")]
         else:
             cells = ["skipped" if "skipped" in row else "FAILED", "–", "–", "–"]
         table.add_row(name, *cells, row["claim"])

@@ -226,7 +226,10 @@ def test_ladder_ratios_skip_rungs_without_figures() -> None:
     ]  # fmt: skip
     add_ratios(rows)
     assert [row.get("over_first") for row in rows] == [1.0, None, 2.0, None, 5.0]
-    assert [row.get("over_previous") for row in rows] == [1.0, None, 2.0, None, 2.5]
+    assert [row.get("over_previous") for row in rows] == [None, None, 2.0, None, 2.5]
+    without_first: list[dict[str, Any]] = [{"error": "x"}, {"tokens_per_second": 20.0}]
+    add_ratios(without_first)
+    assert without_first[1]["over_first"] is None
 
 
 def test_grid_speedups_compare_equal_cells() -> None:
@@ -278,6 +281,7 @@ def test_metrics_of_a_run_are_read_as_seconds_per_step(tmp_path: Path) -> None:
         {"step": 1, "split": "train", "tokens": 100, "tokens_per_second": 10.0, "loss": 4.0},
         {"step": 2, "split": "train", "tokens": 200, "tokens_per_second": 50.0, "loss": 3.0},
         {"step": 2, "split": "val", "tokens": 200, "tokens_per_second": 50.0, "loss": 3.5},
+        {"step": 3, "split": "train", "tokens": 300, "tokens_per_second": None, "loss": 2.0},
         {"step": 3, "split": "train", "tokens": 300, "tokens_per_second": 25.0, "loss": 2.0},
         {"step": 3, "split": "val", "tokens": 300, "tokens_per_second": 25.0, "loss": 2.5},
     ]
