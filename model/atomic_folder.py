@@ -1,4 +1,4 @@
-"""Writing a folder whole or not at all. Free of torch.
+"""Writing a folder or a file whole or not at all. Free of torch.
 
 The new content is written beside the target, flushed to disk and exchanged with the target in one step where the
 system can (Linux: renameat2), so that a reader, or a process that starts after a crash, finds the old folder or the
@@ -8,6 +8,7 @@ new one and never a mixture. Elsewhere the target is renamed away first; between
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -52,18 +53,36 @@ def replace_folder(folder: Path, write: Callable[[Path], None], *, marker: str) 
         _remove_empty(made)
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file beside its name, flush it to disk and rename it. One writer per file.
+
+    Raises CheckpointError when the disk refuses; an older file then stays as it was.
+    """
+    partial = _beside(path, _PARTIAL)
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        _sync(path.parent)
+    except OSError as problem:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise CheckpointError(f"{path} cannot be written: {problem.strerror or problem}") from problem
+
+
 def clear_leftovers(parent: Path) -> None:
-    """Undo in `parent` what writers that were killed left: half-written folders go, one moved aside comes back.
+    """Undo in `parent` what killed writers left: what is half written goes, a folder moved aside comes back.
 
     For the only writer of `parent`, before it writes. Raises CheckpointError when the disk refuses.
     """
     try:
         for path in sorted(parent.iterdir()) if parent.is_dir() else ():
-            if path.name.startswith(".") and path.is_dir():
-                if path.name.endswith(_PREVIOUS):
-                    _settle(parent / path.name[1 : -len(_PREVIOUS)], path)
-                elif path.name.endswith(_PARTIAL):
-                    _remove(path)
+            if path.name.startswith(".") and path.name.endswith(_PREVIOUS):
+                _settle(parent / path.name[1 : -len(_PREVIOUS)], path)
+            elif path.name.startswith(".") and path.name.endswith(_PARTIAL):
+                _remove(path)
     except OSError as problem:
         raise CheckpointError(f"{parent} cannot be cleared: {problem.strerror or problem}") from problem
 
@@ -142,9 +161,11 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _remove(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _remove_empty(folders: list[Path]) -> None:

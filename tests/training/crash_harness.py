@@ -71,8 +71,9 @@ class Launcher:
 
     process: subprocess.Popen[str]
 
-    def run(self, cwd: Path, *args: object, here: bool = False, **fault: object) -> Result:
-        command = {"args": [*map(str, args)], "cwd": str(cwd), "fault": fault, "here": here}
+    def run(self, cwd: Path, *args: object, here: bool = False, page: bool = False, **fault: object) -> Result:
+        """`here`: in the launcher itself. `page`: with report.html."""
+        command = {"args": [*map(str, args)], "cwd": str(cwd), "fault": fault, "here": here, "page": page}
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(command) + "\n")
@@ -113,8 +114,8 @@ class Workshop:
             shutil.copytree(start, place)
         return place
 
-    def train(self, place: Path, *overrides: str, **fault: object) -> Result:
-        return self.launcher.run(place, "train", self.recipe, "--resume", "auto", *overrides, **fault)
+    def train(self, place: Path, *overrides: str, page: bool = False, **fault: object) -> Result:
+        return self.launcher.run(place, "train", self.recipe, "--resume", "auto", *overrides, page=page, **fault)
 
 
 def make_workshop(folder: Path, launcher: Launcher) -> Workshop:

@@ -18,7 +18,7 @@ from tests.training.conftest import make_text, train
 from tests.training.crash_harness import RECIPE, outcome
 from training.checkpoint import read_state, step_folders
 from training.config import TrainConfig
-from training.data import open_split
+from training.dataset import open_split
 from training.errors import ResumeError
 from training.prepare import PrepareRequest, prepare
 from training.recipe import build_config
