@@ -75,9 +75,9 @@ class Chart:
 def draw(chart: Chart) -> str:
     """An <svg> element for inline use. At most MAX_POINTS points a curve are drawn, its peaks and dips among them."""
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(6.2, 3.7), facecolor="none")
+        figure = Figure(figsize=(5.6, 3.5), facecolor="none")
         # Room for the longest labels: fixed, so that charts below each other line up, and quick.
-        axes = figure.add_axes((0.135, 0.15, 0.84, 0.83), facecolor="none")
+        axes = figure.add_axes((0.15, 0.16, 0.82, 0.81), facecolor="none")
         for curve in chart.curves:
             _plot(axes, curve)
         _dress(axes, chart)
