@@ -119,8 +119,8 @@ def test_the_smoke_run_learns(tmp_path: Path) -> None:
     prepare(PrepareRequest((str(tmp_path / "text.txt"),), tmp_path / "data", "bytes"))
     config = load_config(
         "cpu-smoke",
-        [f"data.dir={tmp_path / 'data'}", f"run.dir={tmp_path / 'run'}", "train.max_steps=40",
-         "train.eval_interval=20", "train.eval_tokens=4096", "run.sample_prompt=the", "run.sample_tokens=20"],
+        [f"data.dir={tmp_path / 'data'}", f"run.dir={tmp_path / 'run'}", "train.max_steps=24",
+         "train.eval_interval=12", "train.eval_tokens=2048", "run.sample_prompt=the", "run.sample_tokens=20"],
     )  # fmt: skip
     output = train(config)
     first, last = validation_losses(tmp_path / "run")
