@@ -6,7 +6,7 @@ the rest. Faults count a child's file operations, in all its threads, from 0:
 
     {"kill_at": N}          SIGKILL before operation N
     {"kill_after": S}       SIGKILL after S seconds
-    {"kill_when": PATH}     SIGKILL before the first operation at which PATH exists
+    {"kill_when": PATTERN}  SIGKILL before the first operation at which such a path exists
     {"disk_full_at": N}     from operation N on no file can grow: the kernel refuses it (RLIMIT_FSIZE)
     {"refuse_at": N}        operation N alone fails with ENOSPC
     {"survey": FOLDER}      nothing is broken; `operations` has each name with a digest of FOLDER before it
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import io
 import itertools
@@ -64,7 +65,7 @@ class Hook:
         fault = self.fault
         if "survey" in fault:
             self.seen.append((name, digest(Path(fault["survey"]))))
-        elif number == fault.get("kill_at") or ("kill_when" in fault and os.path.exists(fault["kill_when"])):
+        elif number == fault.get("kill_at") or ("kill_when" in fault and glob.glob(fault["kill_when"])):
             os.kill(os.getpid(), signal.SIGKILL)
         elif number == fault.get("disk_full_at"):
             resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
