@@ -10,6 +10,7 @@ bounded batches, so that its size does not matter. The folder appears whole or n
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -184,14 +185,18 @@ class _Job:
 
     def _write_splits(self, folder: Path, encoded: Iterator[Encoded], dtype: str) -> dict[str, SplitInfo]:
         total = self.corpus.num_bytes
-        writers = {name: SplitWriter(folder, name, dtype, self.shard_tokens) for name in self.request.shares.names}
-        for item in encoded:
-            batch = item.batch
-            writers[batch.split].append(
-                item.tokens, num_bytes=item.num_bytes, characters=batch.characters, documents=batch.documents
-            )
-            self.on_progress("tokenising", batch.done, total)
-        splits = {name: writer.close() for name, writer in writers.items()}
+        with contextlib.ExitStack() as stack:
+            writers = {
+                name: stack.enter_context(SplitWriter(folder, name, dtype, self.shard_tokens))
+                for name in self.request.shares.names
+            }
+            for item in encoded:
+                batch = item.batch
+                writers[batch.split].append(
+                    item.tokens, num_bytes=item.num_bytes, characters=batch.characters, documents=batch.documents
+                )
+                self.on_progress("tokenising", batch.done, total)
+            splits = {name: writer.finish() for name, writer in writers.items()}
         for name, info in splits.items():
             if info.tokens == 0:
                 found = sum(each.documents for each in splits.values())

@@ -90,6 +90,10 @@ def read_file(path: Path, origin: str, options: ReadOptions, meter: Meter) -> It
 
 def document_pieces(text: str, cut: Cut) -> Iterator[Piece]:
     """A document that is in memory; none if it is empty."""
+    if len(text) <= _CHUNK:
+        if text:
+            yield Piece(text, True)
+        return
     parts = (text[start : start + _CHUNK] for start in range(0, len(text), _CHUNK))
     for number, part in enumerate(cut_text(parts, cut)):
         yield Piece(part, number == 0)

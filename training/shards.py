@@ -13,7 +13,7 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 import numpy as np
@@ -116,7 +116,10 @@ def tokens_digest(
 
 
 class SplitWriter:
-    """Appends tokens of one split, opening a new shard whenever the last is full."""
+    """Appends tokens of one split, opening a new shard whenever the last is full.
+
+    `finish` completes the last shard; leaving the block without it, after an error, only closes the file.
+    """
 
     def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int = SHARD_TOKENS) -> None:
         self._folder, self._split = folder, split
@@ -141,7 +144,14 @@ class SplitWriter:
             self._hash.update(data)
             self._room -= len(part)
 
-    def close(self) -> SplitInfo:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def finish(self) -> SplitInfo:
         self._finish_shard()
         return SplitInfo(self._tokens, self._bytes, self._characters, tuple(self._shards), self._documents)
 

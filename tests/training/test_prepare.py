@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
+import gzip
 import hashlib
-import json
 import threading
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -201,4 +201,10 @@ def test_a_download_is_used_only_with_its_digest(website: tuple[str, Path], tmp_
     with pytest.raises(DataError, match="cannot be downloaded"):
         prepare(PrepareRequest((f"{url}/b.txt",), tmp_path / "other", "bytes", digests=(digest,)))
     assert not (tmp_path / "other").exists()
-    json.loads((tmp_path / "out" / "manifest.json").read_text())
+    (folder / "b.jsonl.gz").write_bytes(packed := gzip.compress(b'{"text": "one"}\n{"text": "two"}'))
+    request = PrepareRequest(
+        (f"{url}/b.jsonl.gz?download=1",), tmp_path / "rows", "bytes", 0.5, split="tail",
+        digests=(hashlib.sha256(packed).hexdigest(),),
+    )  # fmt: skip
+    prepare(request)
+    assert [bytes(tokens_of(tmp_path / "rows", split)) for split in ("train", "val")] == [b"one", b"two"]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from model.tokenizer import Tokenizer
 from tests.training.test_prepare import tokens_of
 from training.encode import encode_batches, make_batches
-from training.errors import RecipeError
+from training.errors import DataError, RecipeError
 from training.prepare import PrepareRequest, prepare
 from training.readers import Piece
 from training.shards import SplitWriter
@@ -154,6 +156,19 @@ def test_two_workers_write_what_one_does(tmp_path: Path, monkeypatch: pytest.Mon
     assert done[-1] == (tmp_path / "a.jsonl").stat().st_size
 
 
+def test_a_worker_that_dies_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.encode._BATCH_CHARACTERS", 10)
+    item = write_jsonl(tmp_path / "a.jsonl", [f"document {i}" for i in range(300)])
+
+    def kill(what: str, done: int, total: int | None) -> None:
+        for process in multiprocessing.active_children():
+            process.kill()
+
+    with pytest.raises(DataError, match="a tokenising process was ended from outside"):
+        prepare(PrepareRequest((item,), tmp_path / "out", "bytes", workers=2), on_progress=kill)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
 def test_wrong_shares_are_refused() -> None:
     with pytest.raises(RecipeError, match="--test-fraction is"):
         PrepareRequest(("a",), Path("out"), test_fraction=0.9)
@@ -200,12 +215,10 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_shards_are_cut_anywhere(tmp_path: Path) -> None:
-    import numpy as np
-
-    writer = SplitWriter(tmp_path, "train", "uint16", shard_tokens=4)
-    writer.append(np.arange(6, dtype=np.uint16), num_bytes=6, characters=6, documents=1)
-    writer.append(np.arange(6, 9, dtype=np.uint16), num_bytes=3, characters=3, documents=2)
-    info = writer.close()
+    with SplitWriter(tmp_path, "train", "uint16", shard_tokens=4) as writer:
+        writer.append(np.arange(6, dtype=np.uint16), num_bytes=6, characters=6, documents=1)
+        writer.append(np.arange(6, 9, dtype=np.uint16), num_bytes=3, characters=3, documents=2)
+        info = writer.finish()
     assert [shard.tokens for shard in info.shards] == [4, 4, 1]
     assert (info.tokens, info.bytes, info.documents) == (9, 9, 3)
     data = b"".join((tmp_path / shard.file).read_bytes() for shard in info.shards)

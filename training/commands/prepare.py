@@ -18,7 +18,7 @@ def prepare_command(
     input: Annotated[
         list[str],
         typer.Option("--input", help="file (.txt, .md, .jsonl, .json, .parquet, with .gz or .zst), folder, URL, "
-                                     "hf:OWNER/NAME[:CONFIG][@SPLIT], or the short name tinyshakespeare"),
+                                     "hf:OWNER/NAME:CONFIG@SPLIT (both optional), or the short name tinyshakespeare"),
     ],
     out: Annotated[Path, typer.Option(help="data folder to write")],
     more: Annotated[list[str] | None, typer.Argument(help="further inputs", metavar="INPUT")] = None,
@@ -33,7 +33,7 @@ def prepare_command(
         Literal["file", "line", "blank-line"], typer.Option(help="what ends a document of a plain text file")
     ] = "file",
     text_key: Annotated[
-        list[str] | None, typer.Option(help="field of a row that holds its text [text]; several are joined")
+        list[str] | None, typer.Option(help="field of a row that holds its text (default: text); several are joined")
     ] = None,
     sha256: Annotated[list[str] | None, typer.Option(help="digest of each URL's content, in their order")] = None,
     workers: Annotated[int, typer.Option(help="processes that tokenise; 0 = one per core, if the text is large")] = 0,
