@@ -58,6 +58,10 @@ class MicroBatches:
         return (inputs.pin_memory(), targets.pin_memory()) if self._device.type == "cuda" else (inputs, targets)
 
 
-def dropout_seed(seed: int, first: int) -> int:
-    """A seed for the micro-batch that starts at sequence `first`: no random state has to be kept or shared."""
-    return int(np.random.SeedSequence([seed, first]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+def seed_dropout(seed: int, first: int, device: torch.device) -> None:
+    """Random numbers for the micro-batch that starts at sequence `first`: no random state has to be kept or shared."""
+    value = int(np.random.SeedSequence([seed, first]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    # torch.manual_seed would do, but asks every accelerator there could be, which takes a millisecond.
+    torch.default_generator.manual_seed(value)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(value)

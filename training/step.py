@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from training.batches import MicroBatches, dropout_seed
+from training.batches import MicroBatches, seed_dropout
 from training.config import TrainSection
 from training.distributed import Distributed, full_tensor
 from training.optim import set_learning_rates
@@ -29,7 +29,7 @@ class StepResult:
     stop: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Stepper:
     """Takes steps. `batches` gives this rank's micro-batches."""
 
@@ -39,6 +39,10 @@ class Stepper:
     batches: MicroBatches
     settings: TrainSection
     distributed: Distributed
+    _parameters: list[torch.nn.Parameter] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._parameters = [p for p in self.model.transformer.parameters() if p.requires_grad]
 
     @property
     def sequences_per_step(self) -> int:
@@ -51,20 +55,20 @@ class Stepper:
         `stop` is this rank's wish, which one collective shares together with the loss. The host waits for the
         device once, between the gradients and the update.
         """
-        parameters = [p for p in self.model.transformer.parameters() if p.requires_grad]
-        self.model.root.train()
+        if not self.model.root.training:
+            self.model.root.train()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         total = self._accumulate(sequences)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        gradients = [p.grad for p in parameters if p.grad is not None]
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
         shared = self.distributed.sum(torch.stack((total, torch.full_like(total, float(stop)))))
         loss, wishes, grad_norm = torch.cat((shared, norm.float().reshape(1))).tolist()
         is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if is_finite:
-            self._update(step, parameters, norm, grad_norm)
+            self._update(step, norm, grad_norm)
         skipped = not is_finite and not (math.isfinite(loss) and self._can_scale_down())
         if self.scaler.is_enabled():
             self.scaler.update()
@@ -81,7 +85,7 @@ class Stepper:
         for micro in range(settings.grad_accum_steps):
             first = sequences + (micro * ranks + self.distributed.rank) * settings.batch_size
             inputs, targets = self.batches.get(first)
-            torch.manual_seed(dropout_seed(settings.seed, first))
+            seed_dropout(settings.seed, first, self.distributed.device)
             with self.model.micro_step(micro == settings.grad_accum_steps - 1):
                 # Data-parallel wrappers average over the ranks, so each divides by its own tokens only.
                 loss = self.model.training_loss(inputs, targets) / (targets.numel() * settings.grad_accum_steps)
@@ -89,10 +93,10 @@ class Stepper:
             total += loss.detach()
         return total / ranks
 
-    def _update(self, step: int, parameters: list[torch.nn.Parameter], norm: Tensor, grad_norm: float) -> None:
+    def _update(self, step: int, norm: Tensor, grad_norm: float) -> None:
         limit = self.settings.grad_clip
         if limit and grad_norm > limit:
-            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, limit, norm)
         set_learning_rates(self.optimizers, lr_factor(step, self.settings))
         # Not through the scaler: it would let one optimiser step where another must not.
         for optimizer in self.optimizers:
