@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model import fused
 from model.config import ModelConfig, RopeScaling
 from model.linear import Linear, activate
 
@@ -34,6 +35,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
+        if fused.can_normalise(x):
+            return fused.rms_norm(x, self.weight, self.eps)
         x32 = x.float()
         scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         return (x32 * scale).to(x.dtype) * self.weight
@@ -69,7 +72,10 @@ class GatedMLP(nn.Module):
         self.activation = config.activation
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        gate_up = self.gate_up_proj(x)
+        if fused.can_activate(gate_up, self.activation):
+            return self.down_proj(fused.gated_activation(gate_up, self.activation))
+        gate, up = gate_up.chunk(2, dim=-1)
         return self.down_proj(activate(gate, self.activation) * up)
 
 
@@ -117,5 +123,7 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x [..., heads, d] by the angles of its positions; computed in x's type."""
+    if fused.can_rotate(x, cos):
+        return fused.rotate(x, cos, sin)
     first, second = x.chunk(2, dim=-1)
     return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model import fused
 from model.config import Activation
 from model.packed_linear import PackedWeight, pack_weight
 
@@ -41,6 +42,8 @@ class Linear(nn.Module):
 
 def activate(x: Tensor, activation: Activation | None) -> Tensor:
     """The activation by name, or x itself."""
+    if activation is not None and fused.can_activate(x, activation):
+        return fused.activation(x, activation)
     match activation:
         case None:
             return x

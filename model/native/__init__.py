@@ -59,6 +59,10 @@ def _initialise(library: ctypes.CDLL) -> ctypes.CDLL:
             ctypes.c_int, ctypes.c_int,
         ]  # fmt: skip
         library.quill_dropout.restype = None
+        library.quill_elementwise_size.argtypes = []
+        library.quill_elementwise_size.restype = ctypes.c_int64
+        library.quill_elementwise.argtypes = [ctypes.c_void_p]
+        library.quill_elementwise.restype = None
     except AttributeError:
         raise ConfigError("the compiled CPU kernels are of another version; run make install") from None
     library.quill_init(_gomp_parallel(), len(INSTRUCTION_SETS) - 1)

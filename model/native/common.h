@@ -36,6 +36,7 @@ SHARED void *quill_arena(size_t size);
 
 /* Choose the instruction sets of the training kernels, none above `most`. */
 SHARED void quill_choose_training(int most);
+SHARED void quill_choose_elementwise(int most);
 
 static inline void *take(char **at, size_t size) {
     void *here = *at;

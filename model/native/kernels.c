@@ -139,6 +139,7 @@ void quill_init(void *gomp_parallel, int most) {
     pthread_once(&arena_key_once, make_arena_key);
     choose_variants(most);
     quill_choose_training(most);
+    quill_choose_elementwise(most);
     quill_run_parallel = (void (*)(void (*)(void *), void *, unsigned, unsigned))gomp_parallel;
 }
 

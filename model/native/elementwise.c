@@ -1,0 +1,138 @@
+/* CPU kernels of training that run over rows: activations, RMS norm, rotary positions. */
+
+#include "common.h"
+
+#define NORM_CHUNK 64 /* rows whose parts of the weight's gradient are summed in one go */
+#define ROW_CHUNK 16  /* rows that a thread takes at a time */
+
+enum { SILU, GELU_TANH, GELU };
+enum { ACTIVATE, ACTIVATE_BACK, ROTATE, NORM, NORM_BACK, NUM_OPERATIONS };
+
+/* One call. Mirrored by `_Elementwise` in model/training_kernels.py; elementwise.h and rms_norm.h say what each
+ * operation reads. `output` is the input's gradient in the backward operations. */
+typedef struct {
+    const void *input, *output_grad;
+    void *output;
+    const float *weight, *cosine, *sine;
+    float *scales, *weight_grads;
+    int64_t rows, columns, input_stride, num_heads, length, angle_stride;
+    float eps, sign;
+    int32_t operation, kind, gated, is_bfloat16, num_threads;
+} elementwise;
+
+#define ELEMENT float
+#define NARROW NARROW_F32
+#define TO_FLOAT TO_FLOAT_F32
+#define NAME(x) x##_f32_base
+#include "elementwise.h"
+#include "rms_norm.h"
+#undef NAME
+#ifdef HAVE_X86_VARIANTS
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#define NAME(x) x##_f32_avx2
+#include "elementwise.h"
+#include "rms_norm.h"
+#undef NAME
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#define NAME(x) x##_f32_avx512
+#include "elementwise.h"
+#include "rms_norm.h"
+#undef NAME
+#pragma GCC pop_options
+#endif
+#undef ELEMENT
+#undef NARROW
+#undef TO_FLOAT
+
+#define ELEMENT uint16_t
+#define NARROW NARROW_BF16
+#define TO_FLOAT TO_FLOAT_BF16
+#define NAME(x) x##_bf16_base
+#include "elementwise.h"
+#include "rms_norm.h"
+#undef NAME
+#ifdef HAVE_X86_VARIANTS
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#define NAME(x) x##_bf16_avx2
+#include "elementwise.h"
+#include "rms_norm.h"
+#undef NAME
+#pragma GCC pop_options
+#undef NARROW
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prefer-vector-width=512")
+#define NARROW(dst, v) _mm256_storeu_si256((__m256i *)(dst), (__m256i)_mm512_cvtneps_pbh((__m512)(v)))
+#define NAME(x) x##_bf16_avx512
+#include "elementwise.h"
+#include "rms_norm.h"
+#undef NAME
+#pragma GCC pop_options
+#endif
+#undef ELEMENT
+#undef NARROW
+#undef TO_FLOAT
+
+typedef void (*operation)(const elementwise *, int64_t);
+
+#define OPERATIONS(suffix) \
+    { activate_##suffix, activate_back_##suffix, rotate_##suffix, norm_##suffix, norm_back_##suffix }
+
+static const operation BASE[2][NUM_OPERATIONS] = {OPERATIONS(f32_base), OPERATIONS(bf16_base)};
+#ifdef HAVE_X86_VARIANTS
+static const operation WITH_AVX2[2][NUM_OPERATIONS] = {OPERATIONS(f32_avx2), OPERATIONS(bf16_avx2)};
+static const operation WITH_AVX512[2][NUM_OPERATIONS] = {OPERATIONS(f32_avx512), OPERATIONS(bf16_avx512)};
+#endif
+static const operation *variants[2] = {BASE[0], BASE[1]}; /* float32, bfloat16 */
+
+void quill_choose_elementwise(int most) {
+    variants[0] = BASE[0];
+    variants[1] = BASE[1];
+#ifdef HAVE_X86_VARIANTS
+    __builtin_cpu_init();
+    if (most >= AVX2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+        variants[0] = WITH_AVX2[0];
+        variants[1] = WITH_AVX2[1];
+    }
+    if (most >= AVX512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+        variants[0] = WITH_AVX512[0];
+        if (__builtin_cpu_supports("avx512bf16")) variants[1] = WITH_AVX512[1];
+    }
+#else
+    (void)most;
+#endif
+}
+
+/* What the caller's mirror of elementwise must measure. */
+int64_t quill_elementwise_size(void) { return sizeof(elementwise); }
+
+typedef struct {
+    const elementwise *call;
+    int64_t units, units_each;
+    atomic_llong next;
+} job;
+
+static void work(void *data) {
+    job *j = data;
+    const operation run = variants[j->call->is_bfloat16 ? 1 : 0][j->call->operation];
+    for (;;) {
+        const int64_t first = atomic_fetch_add(&j->next, j->units_each);
+        if (first >= j->units) return;
+        for (int64_t unit = first; unit < first + j->units_each && unit < j->units; unit++) run(j->call, unit);
+    }
+}
+
+/* A unit of NORM_BACK is a chunk of rows, that of the others a row; none depends on the number of threads. */
+void quill_elementwise(const elementwise *p) {
+    const int by_chunk = p->operation == NORM_BACK;
+    job j = {.call = p, .units = by_chunk ? (p->rows + NORM_CHUNK - 1) / NORM_CHUNK : p->rows};
+    j.units_each = by_chunk ? 1 : ROW_CHUNK;
+    if (quill_run_parallel && p->num_threads > 1 && j.units > j.units_each)
+        quill_run_parallel(work, &j, (unsigned)p->num_threads, 0);
+    else
+        work(&j);
+}

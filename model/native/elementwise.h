@@ -1,0 +1,106 @@
+/* Activations, RMS norm and rotary positions of training, forwards and backwards, with the macros of dense_attention.h.
+ * Rows are [columns]; columns are multiples of TILE. Arithmetic is in float32 whatever the elements are.
+ */
+
+static inline __attribute__((always_inline)) v16f NAME(value)(const int kind, v16f x, v16f *slope) {
+    const v16f zero = {0}, one = zero + 1.0f;
+    const v16i negative = x < 0.0f;
+    if (kind == SILU) {
+        const v16f e = exp16(select16(negative, x, -x)), upper = 1.0f / (1.0f + e);
+        const v16f s = select16(negative, e * upper, upper);
+        *slope = s * (1.0f + x * (1.0f - s));
+        return x * s;
+    }
+    v16f phi, density_x; /* the distribution function, and x times its derivative */
+    if (kind == GELU_TANH) {
+        const float c = 0.7978845608f; /* sqrt(2 / pi) */
+        /* Beyond 10 the slope is 0 or 1 to the last bit, but the cube may overflow. */
+        const v16f near = select16(x > 10.0f, zero + 10.0f, select16(x < -10.0f, zero - 10.0f, x));
+        const v16f u = c * near * (1.0f + 0.044715f * near * near);
+        const v16f e = exp16(-2.0f * select16(u < 0.0f, -u, u)), size = (1.0f - e) / (1.0f + e);
+        const v16f t = select16(negative, -size, size);
+        phi = 0.5f * (1.0f + t);
+        density_x = 0.5f * near * (1.0f - t * t) * c * (1.0f + 3 * 0.044715f * near * near);
+    } else {
+        /* erf by Abramowitz and Stegun 7.1.26: absolute error below 1.5e-7 */
+        const v16f z = select16(negative, -x, x) * 0.7071067812f, t = 1.0f / (1.0f + 0.3275911f * z);
+        const v16f gauss = exp16(-z * z);
+        v16f y = t * 1.061405429f - 1.453152027f;
+        y = y * t + 1.421413741f;
+        y = y * t - 0.284496736f;
+        y = y * t + 0.254829592f;
+        const v16f tail = 0.5f * y * t * gauss; /* the probability beyond |x| */
+        phi = select16(negative, tail, one - tail);
+        density_x = x * gauss * 0.3989422804f;
+    }
+    *slope = phi + density_x;
+    return x * phi;
+}
+
+/* out = f(in) for rows of `columns`; gated: in is [2 columns], gate then up, and out = f(gate) up. */
+static inline __attribute__((always_inline)) void NAME(activate_kind)(const int kind, const int gated,
+                                                                      const elementwise *p, int64_t row) {
+    const int64_t n = p->columns;
+    const ELEMENT *in = (const ELEMENT *)p->input + row * (gated ? 2 * n : n);
+    for (int64_t i = 0; i < n; i += TILE) {
+        v16f slope, y = NAME(value)(kind, TO_FLOAT(in + i), &slope);
+        if (gated) y = y * TO_FLOAT(in + n + i);
+        NARROW((ELEMENT *)p->output + row * n + i, y);
+    }
+}
+
+/* The input's gradient from the output's. */
+static inline __attribute__((always_inline)) void NAME(activate_back_kind)(const int kind, const int gated,
+                                                                           const elementwise *p, int64_t row) {
+    const int64_t n = p->columns, width = gated ? 2 * n : n;
+    const ELEMENT *in = (const ELEMENT *)p->input + row * width, *grad = (const ELEMENT *)p->output_grad + row * n;
+    ELEMENT *out = (ELEMENT *)p->output + row * width;
+    for (int64_t i = 0; i < n; i += TILE) {
+        v16f slope, g = TO_FLOAT(grad + i);
+        const v16f y = NAME(value)(kind, TO_FLOAT(in + i), &slope);
+        if (gated) {
+            NARROW(out + n + i, g * y);
+            g = g * TO_FLOAT(in + n + i);
+        }
+        NARROW(out + i, g * slope);
+    }
+}
+
+static void NAME(activate)(const elementwise *p, int64_t row) {
+    switch (p->kind * 2 + p->gated) {
+        case SILU * 2: NAME(activate_kind)(SILU, 0, p, row); break;
+        case SILU * 2 + 1: NAME(activate_kind)(SILU, 1, p, row); break;
+        case GELU_TANH * 2: NAME(activate_kind)(GELU_TANH, 0, p, row); break;
+        case GELU_TANH * 2 + 1: NAME(activate_kind)(GELU_TANH, 1, p, row); break;
+        case GELU * 2: NAME(activate_kind)(GELU, 0, p, row); break;
+        default: NAME(activate_kind)(GELU, 1, p, row); break;
+    }
+}
+
+static void NAME(activate_back)(const elementwise *p, int64_t row) {
+    switch (p->kind * 2 + p->gated) {
+        case SILU * 2: NAME(activate_back_kind)(SILU, 0, p, row); break;
+        case SILU * 2 + 1: NAME(activate_back_kind)(SILU, 1, p, row); break;
+        case GELU_TANH * 2: NAME(activate_back_kind)(GELU_TANH, 0, p, row); break;
+        case GELU_TANH * 2 + 1: NAME(activate_back_kind)(GELU_TANH, 1, p, row); break;
+        case GELU * 2: NAME(activate_back_kind)(GELU, 0, p, row); break;
+        default: NAME(activate_back_kind)(GELU, 1, p, row); break;
+    }
+}
+
+/* Rotary positions of one token's heads, head_dim = columns: (a, b) -> (a cos - b sin, b cos + a sin), where b lies
+ * half a head behind a. `sign` -1 turns back, which is the gradient. The angles' row is the token's position. */
+static void NAME(rotate)(const elementwise *p, int64_t row) {
+    const int64_t half = p->columns / 2;
+    const ELEMENT *in = (const ELEMENT *)p->input + row * p->input_stride;
+    ELEMENT *out = (ELEMENT *)p->output + row * p->num_heads * p->columns;
+    const int64_t angle = row % p->length * p->angle_stride;
+    const float *cosine = p->cosine + angle, *sine = p->sine + angle;
+    for (int64_t head = 0; head < p->num_heads; head++, in += p->columns, out += p->columns)
+        for (int64_t i = 0; i < half; i += TILE) {
+            const v16f a = TO_FLOAT(in + i), b = TO_FLOAT(in + half + i);
+            const v16f c = *(const v16f_u *)(cosine + i), s = *(const v16f_u *)(sine + i) * p->sign;
+            NARROW(out + i, a * c - b * s);
+            NARROW(out + half + i, b * c + a * s);
+        }
+}
