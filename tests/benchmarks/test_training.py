@@ -293,6 +293,7 @@ def test_metrics_of_a_run_are_read_as_seconds_per_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler imports what torch deprecates
 def test_all_modes_run_through_the_public_command(run_mode: RunMode, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     write_random_text(text, 20_000)
