@@ -52,6 +52,12 @@ class HubDataset:
         self.sha256 = self.sha256 or digest.hexdigest()
 
 
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether the library's `save_to_disk` wrote this folder: one dataset, or a set of splits."""
+    names = {path.name for path in folder.glob("*.json")}
+    return "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= names
+
+
 def _open(origin: str, spec: str, streaming: bool) -> Any:
     try:
         import datasets
@@ -61,7 +67,7 @@ def _open(origin: str, spec: str, streaming: bool) -> Any:
         ) from None
     name, config, split = _parse(origin, spec)
     try:
-        if any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json")):
+        if is_saved_dataset(Path(name)):
             return _part(origin, datasets.load_from_disk(name), split)
         return datasets.load_dataset(name, config, split=split, streaming=streaming)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:

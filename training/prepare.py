@@ -171,7 +171,7 @@ class _Job:
         survey, meter = Survey(keep_alphabet=self.tokenizer is None), Meter()
         for number, piece in enumerate(self.corpus.read(self._options("anywhere"), meter)):
             survey.add(piece)
-            if number % 1024 == 0:
+            if number % 64 == 0:
                 self.on_progress("reading", meter.done, self.corpus.num_bytes)
         if not survey.characters:
             raise DataError("the inputs hold no text at all; check --text-key and --documents")
@@ -181,7 +181,7 @@ class _Job:
         if self.request.workers:
             return self.request.workers
         size = self.corpus.num_bytes
-        return 1 if size is not None and size < _WORTH_WORKERS_BYTES else len(os.sched_getaffinity(0))
+        return 1 if size is not None and size < _WORTH_WORKERS_BYTES else _usable_cores()
 
     def _write_splits(self, folder: Path, encoded: Iterator[Encoded], dtype: str) -> dict[str, SplitInfo]:
         total = self.corpus.num_bytes
@@ -222,6 +222,12 @@ class _Job:
             documents=request.documents,
             text_keys=request.text_keys,
         )
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _open(item: Input, downloads: Path, streaming: bool) -> Source | HubDataset:

@@ -19,6 +19,7 @@ from urllib.parse import urlparse
 
 from model.manifest import file_sha256
 from training.errors import DataError, RecipeError
+from training.hub_dataset import is_saved_dataset
 from training.readers import KNOWN_SUFFIXES, file_format
 from training.token_split import in_threads
 
@@ -30,8 +31,6 @@ KNOWN_SOURCES = {
     )
 }
 HUB_PREFIX = "hf:"
-# What the datasets library leaves in a folder that it saved.
-_SAVED_DATASET_FILES = ("dataset_dict.json", "state.json")
 _CHUNK = 1 << 20
 _DOWNLOAD_TIMEOUT_SECONDS = 60
 
@@ -103,7 +102,7 @@ def fetch(item: Input, folder: Path) -> Source:
 def _local(item: str, on_notice: Callable[[str], None]) -> list[Input]:
     path = Path(item)
     if path.is_dir():
-        return _saved_dataset(path) if _is_saved_dataset(path) else _folder(path, on_notice)
+        return _saved_dataset(path) if is_saved_dataset(path) else _folder(path, on_notice)
     if not path.is_file():
         raise DataError(f"{item}: no such file")
     if path.stat().st_size == 0:
@@ -130,10 +129,6 @@ def _folder(folder: Path, on_notice: Callable[[str], None]) -> list[Input]:
 
 def _is_hidden(path: Path, folder: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(folder).parts)
-
-
-def _is_saved_dataset(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _SAVED_DATASET_FILES)
 
 
 def _saved_dataset(folder: Path) -> list[Input]:

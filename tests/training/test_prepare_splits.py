@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import subprocess
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from model.tokenizer import Tokenizer
 from tests.training.test_prepare import tokens_of
+from training.cli import app
 from training.encode import encode_batches, make_batches
 from training.errors import DataError, RecipeError
 from training.prepare import PrepareRequest, prepare
@@ -123,6 +125,37 @@ def test_names_by_line_in_three_splits(tmp_path: Path) -> None:
     assert list(manifest.splits) == ["train", "val", "test"]
     assert sorted(found) == sorted(names)
     assert prepare(request) == (manifest, False)
+    for change in ({"documents": "blank-line"}, {"test_fraction": 0.2}, {"split": "tail"}):
+        with pytest.raises(DataError, match="already holds other prepared data"):
+            prepare(dataclasses.replace(request, **change))  # type: ignore[arg-type]
+
+
+def test_the_command_line_takes_every_choice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "poems").mkdir()
+    (tmp_path / "poems/a.jsonl").write_text(
+        '{"title": "स्याही", "body": "naïve"}\n' * 3 + '{"title": "", "body": "x"}\n'
+    )
+    (tmp_path / "poems/b.txt").write_text("one\ntwo\n\nthree\n")
+    (tmp_path / "poems/c.png").write_bytes(b"x")
+    arguments = [
+        "prepare", "--input", str(tmp_path / "poems"), "--out", str(tmp_path / "out"), "--tokenizer", "bytes",
+        "--val-fraction", "0.2", "--test-fraction", "0.2", "--split", "tail", "--documents", "blank-line",
+        "--text-key", "title", "--text-key", "body", "--workers", "1", "--json",
+    ]  # fmt: skip
+    with pytest.raises(SystemExit, match="0"):
+        app(arguments, prog_name="training")
+    printed = capsys.readouterr()
+    result = json.loads(printed.out)
+    assert [result[split]["documents"] for split in ("train", "val", "test")] == [
+        3,
+        2,
+        2,
+    ]  # 31 and, moved by one, 40 of 52
+    assert "1 files are left out" in printed.err
+    text = bytes(
+        token if token < 256 else 0 for s in ("train", "val", "test") for token in tokens_of(tmp_path / "out", s)
+    )
+    assert text.decode().replace("\0", "") == "स्याही\n\nnaïve" * 3 + "xone\ntwothree"
 
 
 def _parts(tokens: list[int], separator: int) -> list[list[int]]:
