@@ -119,7 +119,9 @@ def _folder(folder: Path, on_notice: Callable[[str], None]) -> list[Input]:
         raise DataError(f"{folder}: holds no file that ends in {', '.join(KNOWN_SUFFIXES)}; name the files themselves")
     if others:
         first = next(path for path in visible if path not in set(known))
-        on_notice(f"{folder}: {others} files are left out, being empty or of an unknown kind, such as {first.name}")
+        on_notice(
+            f"{folder}: left out, as empty or of an unknown kind: {others} of {len(visible)} files, first {first.name}"
+        )
     digests = in_threads(file_sha256, known)
     return [
         Input("file", str(path.relative_to(folder.parent)), str(path), digest, path.stat().st_size)

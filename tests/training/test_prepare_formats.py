@@ -108,7 +108,7 @@ def test_a_folder_is_its_known_files_in_order(tmp_path: Path) -> None:
     notices: list[str] = []
     found = check_inputs([str(folder)], (), notices.append)
     assert [item.origin for item in found] == ["corpus/a/a.jsonl", "corpus/a/z.md", "corpus/b.txt"]
-    assert notices == [f"{folder}: 2 files are left out, being empty or of an unknown kind, such as empty.txt"]
+    assert notices == [f"{folder}: left out, as empty or of an unknown kind: 2 of 5 files, first empty.txt"]
 
 
 BAD = {

@@ -64,7 +64,7 @@ def prepare_command(
 
         manifest, written = prepare(
             request, on_progress=on_progress,
-            on_notice=lambda line: console.print(f"notice: {line}", style="yellow", markup=False),
+            on_notice=lambda line: console.print(f"notice: {line}", style="yellow", markup=False, soft_wrap=True),
         )  # fmt: skip
     splits = {
         name: {
