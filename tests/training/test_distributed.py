@@ -94,12 +94,13 @@ def runs(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     plan["fsdp-then-one"] = {"train__parallel": "fsdp", "train__max_steps": half, "train__optimizer": "muon"}
     alone = {"train__grad_accum_steps": 4}
     train(recipe(data_dir, folder / "one-then-fsdp", train__max_steps=half, **alone))
-    plan["one-then-fsdp"] = {"train__parallel": "fsdp"}
+    plan["one-then-fsdp"] = {"train__parallel": "fsdp", "run__sample_tokens": 4}
     jobs = [config_to_tree(recipe(data_dir, folder / name, **changes)) for name, changes in plan.items()]
     (folder / "jobs.json").write_text(json.dumps(jobs))
     done = launch("-m", "tests.training.distributed_worker", str(folder / "jobs.json"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("finished at step") == len(plan)  # rank 0 alone prints
+    assert done.stdout.count("sample: ") == 1  # from gathered weights
     for optimizer in ("adamw", "muon"):
         train(recipe(data_dir, folder / f"one-{optimizer}", train__optimizer=optimizer, **alone))
     train(recipe(data_dir, folder / "fsdp-then-one", train__optimizer="muon", **alone))
@@ -134,6 +135,27 @@ def write_recipe(data_dir: Path, folder: Path, **changes: object) -> Path:
 
 def own_errors(output: str) -> list[str]:
     return [line for line in output.splitlines() if "error: " in line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_half_precision_compiled_and_recomputed(parallel: str, data_dir: Path, tmp_path: Path) -> None:
+    """What wraps the model twice still computes the same; float16's scale is one for all ranks."""
+    common: dict[str, object] = {"train__max_steps": 6, "model__dropout": 0.0, "train__parallel": parallel}
+    variants: dict[str, tuple[dict[str, object], float]] = {
+        "float16": ({"train__dtype": "float16"}, 5e-3),
+        "recomputed": ({"train__activation_checkpointing": True, "model__dropout": 0.1}, 1e-5),
+        "compiled": ({"train__compile": True}, 1e-5),
+    }
+    jobs = {name: common | changes for name, (changes, _) in variants.items()}
+    trees = [config_to_tree(recipe(data_dir, tmp_path / name, **changes)) for name, changes in jobs.items()]
+    (tmp_path / "jobs.json").write_text(json.dumps(trees))
+    done = launch("-m", "tests.training.distributed_worker", str(tmp_path / "jobs.json"))
+    assert done.returncode == 0, done.stderr
+    for name, (_, tolerance) in variants.items():
+        oracle = jobs[name] | {"train__grad_accum_steps": 4, "train__compile": False}
+        train(recipe(data_dir, tmp_path / "one" / name, **oracle))
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one" / name), abs=tolerance)
 
 
 @pytest.mark.slow
