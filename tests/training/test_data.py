@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from training.data import TokenLoader, permute
@@ -24,6 +24,7 @@ def make_split(num_tokens: int, shard_tokens: int = 10**9) -> TokenSplit:
     return TokenSplit("train", shards, lambda: num_tokens)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 300), st.integers(0, 2**64 - 1))
 def test_permute_is_a_permutation(size: int, key: int) -> None:
     assert sorted(permute(index, size, key) for index in range(size)) == list(range(size))
@@ -61,6 +62,7 @@ def test_the_order_of_a_seed_never_changes() -> None:
     ]
 
 
+@settings(deadline=None)
 @given(
     num_tokens=st.integers(2, 400), seq_len=st.integers(1, 40), first=st.integers(0, 10**6), count=st.integers(1, 9),
     stride=st.none() | st.integers(1, 50), seed=st.integers(0, 2**63 - 1), shard_tokens=st.integers(1, 400),
@@ -79,6 +81,7 @@ def test_a_batch_is_windows_and_the_same_one_token_later(
         assert start + seq_len < num_tokens
 
 
+@settings(deadline=None)
 @given(num_tokens=st.integers(2, 500), seq_len=st.integers(1, 40), epoch=st.integers(0, 3), seed=st.integers(0, 2**40))
 def test_an_epoch_of_packed_windows_is_every_token_once(num_tokens: int, seq_len: int, epoch: int, seed: int) -> None:
     seq_len = min(seq_len, num_tokens - 1)
@@ -90,6 +93,7 @@ def test_an_epoch_of_packed_windows_is_every_token_once(num_tokens: int, seq_len
     assert num_tokens - len(seen) <= 2 * seq_len
 
 
+@settings(deadline=None)
 @given(
     num_tokens=st.integers(2, 300), seq_len=st.integers(1, 40), stride=st.integers(1, 60), epoch=st.integers(0, 3),
     seed=st.integers(0, 2**40),
@@ -114,6 +118,7 @@ def test_epochs_differ_in_order_and_packed_ones_in_phase() -> None:
         assert (len({min(starts) for starts in epochs}) > 1) == (stride is None)
 
 
+@settings(deadline=None)
 @given(ranks=st.sampled_from([1, 2, 3, 4]), batch_size=st.integers(1, 4), step=st.integers(0, 50))
 def test_ranks_share_the_order_of_one_rank(ranks: int, batch_size: int, step: int) -> None:
     """Micro-batches dealt out to ranks are, together, the sequences that one process would have read."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.errors import QuillError
@@ -75,6 +75,7 @@ def test_the_fields_of_a_row_are_joined_by_empty_lines(name: str, tmp_path: Path
     assert documents(write_rows(tmp_path / name, rows), text_keys=("q", "c", "a")) == ["Why?\n\nSo.", "And?"]
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), max_size=8), st.integers(1, 40))
 def test_json_is_read_whole_whatever_the_chunks(texts: list[str], chunk: int) -> None:
     import tempfile

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.tokenizer import Tokenizer
@@ -47,6 +47,7 @@ def split_texts(texts: list[str], shares: Shares) -> dict[str, list[str]]:
     return found
 
 
+@settings(deadline=None)
 @given(TEXTS, st.floats(0.05, 0.5), st.floats(0.05, 0.45) | st.just(0.0))
 def test_the_tail_rule_keeps_the_text_and_the_shares(texts: list[str], val: float, test: float) -> None:
     found = split_texts(texts, Shares(val, test))
@@ -91,6 +92,7 @@ def test_documents_go_where_their_hash_says() -> None:
     assert {text for text in moved if text.startswith("name")} == found["val"]
 
 
+@settings(deadline=None)
 @given(TEXTS, st.integers(1, 30))
 def test_tokens_are_those_of_each_document_with_a_separator_between(texts: list[str], characters: int) -> None:
     tokenizer = Tokenizer.gpt2()
