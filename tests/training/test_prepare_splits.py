@@ -129,7 +129,7 @@ def test_names_by_line_in_three_splits(tmp_path: Path) -> None:
     assert prepare(request) == (manifest, False)
     for change in ({"documents": "blank-line"}, {"test_fraction": 0.2}, {"split": "tail"}):
         with pytest.raises(DataError, match="already holds other prepared data"):
-            prepare(dataclasses.replace(request, **change))  # type: ignore[arg-type]
+            prepare(dataclasses.replace(request, **change))
 
 
 def test_the_command_line_takes_every_choice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
