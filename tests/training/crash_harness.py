@@ -71,7 +71,7 @@ class Launcher:
 
     process: subprocess.Popen[str]
 
-    def run(self, cwd: Path, *args: object, here: bool = False, page: bool = False, **fault: object) -> Result:
+    def run(self, cwd: Path, *args: object, here: bool = False, page: bool = False, **fault: Any) -> Result:
         """`here`: in the launcher itself. `page`: with report.html."""
         command = {"args": [*map(str, args)], "cwd": str(cwd), "fault": fault, "here": here, "page": page}
         assert self.process.stdin is not None
@@ -114,7 +114,7 @@ class Workshop:
             shutil.copytree(start, place)
         return place
 
-    def train(self, place: Path, *overrides: str, page: bool = False, **fault: object) -> Result:
+    def train(self, place: Path, *overrides: str, page: bool = False, **fault: Any) -> Result:
         return self.launcher.run(place, "train", self.recipe, "--resume", "auto", *overrides, page=page, **fault)
 
 

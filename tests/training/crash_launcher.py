@@ -114,7 +114,7 @@ def child(command: dict[str, Any], stderr: int, report: int) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.dup2(stderr, 2)
         if not command["page"]:
-            training.report_page.write_report = lambda run_dir: run_dir / "report.html"
+            setattr(training.report_page, "write_report", lambda run_dir: run_dir / "report.html")  # noqa: B010
         hook = Hook(command["fault"])
         if set(hook.fault) - {"kill_after"}:
             threading.setprofile(hook)
@@ -122,7 +122,8 @@ def child(command: dict[str, Any], stderr: int, report: int) -> None:
         status = call(command["args"])
         sys.setprofile(None)
         sys.stderr.flush()
-        os.close(2), os.close(stderr)
+        os.close(2)
+        os.close(stderr)
         with open(report, "w") as file:
             json.dump(hook.seen, file)
     finally:
@@ -134,7 +135,8 @@ def run(command: dict[str, Any]) -> dict[str, Any]:
         start, pid = time.monotonic(), os.fork()
         if pid == 0:
             child(command, err_write, report_write)
-        os.close(err_write), os.close(report_write)
+        os.close(err_write)
+        os.close(report_write)
         stderr = read_all(err_read, pid, command["fault"].get("kill_after"))
         report = read_all(report_read, pid, None)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

@@ -102,12 +102,20 @@ def flip(name: str) -> Harm:
 
 
 def garble(name: str) -> Harm:
-    """JSON whose first string is not UTF-8."""
-    return lambda: Path(name).write_bytes(Path(name).read_bytes().replace(b'"', b'"\xff', 1))
+    """JSON with a string that is not UTF-8."""
+    return lambda: Path(name).write_bytes(Path(name).read_bytes().replace(b'": "', b'": "\xff', 1))
 
 
 def lose(name: str) -> Harm:
     return lambda: shutil.rmtree(name) if Path(name).is_dir() else Path(name).unlink()
+
+
+def turn_into_folder(name: str) -> Harm:
+    def harm() -> None:
+        Path(name).unlink(missing_ok=True)
+        Path(name).mkdir()
+
+    return harm
 
 
 def recipe(old: str, new: str) -> Harm:
@@ -129,13 +137,13 @@ PREPARE = [
     ("nothing to validate on", write("one.txt", "a"), "--input one.txt", ["train split"]),
     ("no text at all", write("blob", bytes(range(256))), "--input blob", ["blob", "UTF-8"]),
     ("a text that ends inside a character", write("cut.txt", "naïve".encode()[:3]), "--input cut.txt", ["cut.txt"]),
-    ("a folder without text", lambda: Path("void").mkdir(), "--input void", ["void"]),
+    ("a folder without text", turn_into_folder("void"), "--input void", ["void"]),
     ("an unknown tokenizer", nothing, "--input words.txt --tokenizer gtp2", ["--tokenizer", "gtp2"]),
     ("a tokenizer that is none", write("t.json", "{}"), "--input words.txt --tokenizer t.json", ["t.json"]),
     ("a share above one", nothing, "--input words.txt --val-fraction 1.5", ["--val-fraction"]),
     ("a share that is no number", nothing, "--input words.txt --val-fraction nan", ["--val-fraction"]),
     ("a negative share", nothing, "--input words.txt --val-fraction -0.1", ["--val-fraction"]),
-    ("no workers", nothing, "--input words.txt --workers 0", ["--workers"]),
+    ("fewer workers than none", nothing, "--input words.txt --workers -1", ["--workers"]),
     ("a digest without a URL", nothing, "--input words.txt --sha256 00", ["--sha256"]),
     ("a URL without a digest", nothing, "--input http://127.0.0.1:1/a.txt", ["--sha256"]),
     ("a URL that does not answer", nothing, "--input http://127.0.0.1:1/a.txt --sha256 00", ["http://127.0.0.1:1/"]),
@@ -165,7 +173,7 @@ def test_prepare_writes_to_no_folder(out: str, named: list[str], refused: Callab
 
 RECIPES = [
     ("missing", lose("recipe.toml"), ["recipe.toml"]),
-    ("a folder", lambda: (lose("recipe.toml")(), Path("recipe.toml").mkdir()), ["recipe.toml"]),
+    ("a folder", turn_into_folder("recipe.toml"), ["recipe.toml"]),
     ("not TOML", write("recipe.toml", "[data\n"), ["recipe.toml"]),
     ("not UTF-8", write("recipe.toml", b"[data]\ndir = '\xff'"), ["recipe.toml"]),
     ("empty", write("recipe.toml", ""), ["data.dir"]),

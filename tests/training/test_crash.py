@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,7 +69,7 @@ class Broken:
         """The operations that can find no room although they write no content."""
         return [number for number, (name, _) in enumerate(self.operations) if name in ALLOCATING]
 
-    def hit(self, **fault: object) -> tuple[Path, Result]:
+    def hit(self, **fault: Any) -> tuple[Path, Result]:
         place = self.workshop.new("broken", self.start)
         result = self.workshop.train(place, *self.overrides, **fault)
         if self.start is not None:
@@ -86,7 +87,7 @@ class Broken:
         assert result.status in (KILLED, 0)  # saved beside the steps, a run's operations are not always as many
         self.resume(place, f"killed before operation {number}")
 
-    def fill_disk(self, **fault: object) -> bool:
+    def fill_disk(self, **fault: Any) -> bool:
         """Whether the fault was met: a run may be done writing when the disk becomes full."""
         place, result = self.hit(**fault)
         if result.status:
@@ -202,11 +203,12 @@ def test_prepare_killed_or_without_room_leaves_nothing_half_written(workshop: Wo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("fresh", [False, True])
-@pytest.mark.parametrize("saving", ["run.async_save=false", ASYNC])
-def test_killed_before_every_single_operation(dtype: str, fresh: bool, saving: str, workshop: Workshop) -> None:
-    broken = Broken(workshop, saving, *HALF[dtype], fresh=fresh)
+@pytest.mark.parametrize(
+    ("fresh", "overrides"),
+    [(True, ()), (False, ()), (False, HALF["bfloat16"]), (False, (ASYNC,)), (True, (ASYNC, *HALF["bfloat16"]))],
+)
+def test_killed_before_every_single_operation(fresh: bool, overrides: tuple[str, ...], workshop: Workshop) -> None:
+    broken = Broken(workshop, *overrides, fresh=fresh)
     for number in range(len(broken.operations)):
         broken.kill(number)
 
@@ -218,9 +220,9 @@ def test_killed_at_twenty_random_moments(dtype: str, workshop: Workshop) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("saving", ["run.async_save=false", ASYNC])
-def test_a_disk_full_at_every_single_operation(saving: str, workshop: Workshop) -> None:
-    broken = Broken(workshop, saving)
+@pytest.mark.parametrize("overrides", [(), (ASYNC,)], ids=["saving first", "saving beside"])
+def test_a_disk_full_at_every_single_operation(overrides: tuple[str, ...], workshop: Workshop) -> None:
+    broken = Broken(workshop, *overrides)
     for number in range(len(broken.operations)):
         broken.fill_disk(disk_full_at=number)
     for number in broken.refusable():
