@@ -172,7 +172,7 @@ def evaluate_checkpoint(
         raise RecipeError(f"--stride is {stride} but must lie between 1 and {seq_len}")
     tokens: Tokens
     if data is not None and text is None:
-        source = open_folder(data)
+        source = open_folder(data, tokenizer=str(folder.resolve()))  # raw files do not say what they were encoded with
         if source.tokenizer.digest != tokenizer.digest:
             raise DataError(f"{data}: prepared with another tokenizer than {folder} uses; prepare it with this one")
         tokens = source.open_split(split, verify=True)

@@ -35,9 +35,9 @@ from training.step import Stepper, StepResult
 
 @dataclass(slots=True)
 class Trainer:
-    """Runs a recipe from `progress` to its last step; all ranks do, and rank 0 writes. `should_stop` is asked often.
+    """Runs a recipe from `progress` to its last step; all ranks do, and rank 0 writes.
 
-    To be entered as a context manager: leaving it waits for what is being saved.
+    `should_stop` is asked at every step. Whoever opened `saver` and `log` closes them, and so waits for the last save.
     """
 
     config: TrainConfig
@@ -82,11 +82,10 @@ class Trainer:
                 self._save(best=is_best, whole=saves)
             self.saver.check()
             if result.stop and not is_last:
-                self.saver.wait()
-                return False
+                break
         self.saver.wait()
         self.log.page(now=True)
-        return True
+        return progress.step == settings.max_steps or self._ends_early()
 
     def train_step(self) -> StepResult:
         """The next step, on the stopwatch."""

@@ -86,6 +86,23 @@ def test_overlapping_windows_predict_every_token_once(checkpoint: Path, data_dir
     assert evaluate_loss(model, tokens, seq_len=8, max_tokens=13).tokens == 13
 
 
+def test_any_split_of_prepared_and_of_raw_data(checkpoint: Path, text_file: Path, tmp_path: Path) -> None:
+    """Raw token files do not say what they were encoded with: it is the checkpoint's tokenizer."""
+    prepare(PrepareRequest((str(text_file),), tmp_path / "data", "bytes", test_fraction=0.2))
+    split = open_split(tmp_path / "data", "test")
+    result = evaluate_checkpoint(checkpoint, data=tmp_path / "data", split="test", device="cpu")
+    ids = torch.from_numpy(split.read(0, split.num_tokens))
+    assert result.tokens == len(ids) - 1
+    assert result.loss == pytest.approx(transformers_loss(checkpoint, ids, 32), abs=1e-5)
+    with pytest.raises(DataError, match="holds no dev split"):
+        evaluate_checkpoint(checkpoint, data=tmp_path / "data", split="dev")
+    (tmp_path / "raw").mkdir()
+    ids.numpy().astype("<u2").tofile(tmp_path / "raw" / "val.bin")
+    raw = evaluate_checkpoint(checkpoint, data=tmp_path / "raw", device="cpu")
+    assert raw.loss == pytest.approx(result.loss, abs=1e-6)
+    assert raw.bits_per_byte == pytest.approx(result.bits_per_byte, rel=0.02)
+
+
 def test_chunked_loss_and_gradients_equal_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     hidden = torch.randn(3, 7, 5, requires_grad=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +15,7 @@ def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="checkpoint folder")],
     data: Annotated[Path | None, typer.Option(help="prepared data folder")] = None,
     text: Annotated[Path | None, typer.Option(help="UTF-8 text file, in place of --data")] = None,
-    split: Annotated[str, typer.Option(help="split of --data")] = "val",
+    split: Annotated[str, typer.Option(help="split of --data: train, val, or test where it was prepared")] = "val",
     seq_len: Annotated[int | None, typer.Option(help="window; default: the model's context")] = None,
     stride: Annotated[int | None, typer.Option(help="predictions that count in a window; default: all")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="windows at a time")] = 16,
@@ -31,9 +32,11 @@ def evaluate(
         batch_size=batch_size, device=device, dtype=DTYPES[dtype],
     )  # fmt: skip
     values = {
-        "loss": result.loss, "perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte,
+        "loss": result.loss,
+        "perplexity": result.perplexity if math.isfinite(result.perplexity) else None,  # JSON has no infinity
+        "bits_per_byte": result.bits_per_byte,
         "tokens": result.tokens,
-    }  # fmt: skip
+    }
     print_result(as_json, values, lines=[
         f"loss {result.loss:.4f} nats per token, perplexity {result.perplexity:.3f}, "
         f"{result.bits_per_byte:.4f} bits per byte, over {result.tokens:,} tokens"
