@@ -21,7 +21,7 @@ from model.hf_config import GENERATION_CONFIG_FILE
 from model.json_file import JsonFields, read_json_object
 from training.importers.foreign import ForeignModel, Layout, assemble, tensors_of
 from training.importers.torch_file import read_torch_file
-from training.importers.yaml_subset import read_yaml
+from training.importers.yaml_file import read_yaml
 
 WEIGHTS_FILE = "lit_model.pth"
 CONFIG_FILE = "model_config.yaml"
