@@ -173,25 +173,45 @@ def test_an_error_of_all_ranks_is_told_once(data_dir: Path, tmp_path: Path) -> N
     assert not (tmp_path / "run").exists()
 
 
+def launch_altered(folder: Path, program: str, *args: str) -> subprocess.CompletedProcess[str]:
+    """The command line on two ranks, after `program` has changed something in one of them."""
+    before = "import os, signal, model.checkpoint, training.step\nrank = int(os.environ['RANK'])\n"
+    after = "from training.cli import main\nmain()\n"
+    (folder / "altered.py").write_text(before + program + after)
+    return subprocess.run(
+        command(str(folder / "altered.py"), *args), cwd=ROOT, capture_output=True, text=True, timeout=240,
+        env=environment() | {"PYTHONPATH": str(ROOT)}, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_missed_by_the_others_in_one_sentence(data_dir: Path, tmp_path: Path) -> None:
+    """Afterwards one process goes on from the last state."""
+    path = write_recipe(data_dir, tmp_path)
+    program = (
+        "update = training.step.Stepper._update\n"
+        "def killed(self, step, *args):\n"
+        "    if step == 12 and rank == 1: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    update(self, step, *args)\n"
+        "training.step.Stepper._update = killed\n"
+    )
+    done = launch_altered(tmp_path, program, "train", str(path))
+    assert done.returncode != 0
+    assert own_errors(done.stderr) == ["error: rank 0 lost the others; start the run again, it resumes"]
+    assert "from step 10" in train(recipe(data_dir, tmp_path / "run", train__grad_accum_steps=4))
+    assert len(losses(tmp_path / "run")) == STEPS
+
+
 @pytest.mark.slow
 def test_a_rank_that_fails_alone_ends_the_others(data_dir: Path, tmp_path: Path) -> None:
     """Rank 0 finds the disk full while rank 1 trains on; the earlier state stays."""
     path = write_recipe(data_dir, tmp_path)
     assert launch("-m", "training", "train", str(path), "train.max_steps=10").returncode == 0
     before = {p: p.read_bytes() for p in (tmp_path / "run" / "state" / "step-10").iterdir()}
-    program = (
-        "import os, sys, model.checkpoint\n"
-        "def full(*args, **kwargs): raise OSError(28, 'No space left on device')\n"
-        "if os.environ['RANK'] == '0': model.checkpoint.save_file = full\n"
-        "from training.cli import main\n"
-        "main()\n"
-    )
-    (tmp_path / "full.py").write_text(program)
+    full = "def full(*args, **kwargs): raise OSError(28, 'No space left on device')\n"
+    program = f"{full}if rank == 0: model.checkpoint.save_file = full\n"
     start = time.monotonic()
-    done = subprocess.run(
-        command(str(tmp_path / "full.py"), "train", str(path)), cwd=ROOT, capture_output=True, text=True, timeout=240,
-        env=environment() | {"PYTHONPATH": str(ROOT)}, check=False,
-    )  # fmt: skip
+    done = launch_altered(tmp_path, program, "train", str(path))
     assert done.returncode != 0
     assert time.monotonic() - start < 60
     errors = own_errors(done.stderr)
