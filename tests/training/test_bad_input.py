@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gzip
 import hashlib
 import json
 import random
@@ -138,6 +139,12 @@ PREPARE = [
     ("no text at all", write("blob", bytes(range(256))), "--input blob", ["blob", "UTF-8"]),
     ("a text that ends inside a character", write("cut.txt", "naïve".encode()[:3]), "--input cut.txt", ["cut.txt"]),
     ("a folder without text", turn_into_folder("void"), "--input void", ["void"]),
+    ("a line that is no JSON", write("a.jsonl", '{"text": "a"}\n{"text\n'), "--input a.jsonl", ["a.jsonl"]),
+    ("rows without a text", write("a.jsonl", '{"body": "a"}\n'), "--input a.jsonl", ["a.jsonl", "text"]),
+    ("no gzip", write("a.txt.gz", "plain"), "--input a.txt.gz", ["a.txt.gz"]),
+    ("gzip cut short", write("a.txt.gz", gzip.compress(b"ink " * 999)[:-9]), "--input a.txt.gz", ["a.txt.gz"]),
+    ("no zstandard", write("a.txt.zst", "plain"), "--input a.txt.zst", ["a.txt.zst"]),
+    ("no parquet", write("a.parquet", "PAR1"), "--input a.parquet", ["a.parquet"]),
     ("an unknown tokenizer", nothing, "--input words.txt --tokenizer gtp2", ["--tokenizer", "gtp2"]),
     ("a tokenizer that is none", write("t.json", "{}"), "--input words.txt --tokenizer t.json", ["t.json"]),
     ("a share above one", nothing, "--input words.txt --val-fraction 1.5", ["--val-fraction"]),
@@ -268,8 +275,23 @@ DATA = [
 @pytest.mark.parametrize("run", ["new", "run"])
 @pytest.mark.parametrize(("harm", "named"), [case[1:] for case in DATA], ids=[case[0] for case in DATA])
 def test_damaged_data_is_refused(harm: Harm, named: list[str], run: str, refused: Callable[..., None]) -> None:
-    """By a new run, and by one that would go on."""
     refused(f"train recipe.toml train.max_steps=6 run.dir={run}", *named, harm=harm)
+
+
+RAW = [
+    ("of an odd length", b"\0\1\2", ["raw/train.bin"]),
+    ("of no tokens", b"", ["raw/train.bin"]),
+    ("with a token beyond the vocabulary", b"\x2c\1" * 99, ["raw/train.bin", "300"]),
+    ("without another to validate on", b"a\0" * 99, ["raw", "val"]),
+]
+
+
+@pytest.mark.parametrize(("content", "named"), [case[1:] for case in RAW], ids=[case[0] for case in RAW])
+def test_a_raw_token_file_is_refused(content: bytes, named: list[str], refused: Callable[..., None]) -> None:
+    Path("raw").mkdir()
+    refused(
+        "train recipe.toml run.dir=new data.tokenizer=bytes data.dir=raw", *named, harm=write("raw/train.bin", content)
+    )
 
 
 def every_state(harm: Callable[[str], Harm], name: str) -> Harm:
@@ -371,7 +393,6 @@ def test_wrong_usage_has_a_status_of_its_own(
 def test_a_byte_order_mark_before_a_recipe_does_no_harm(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Some editors write one; TOML forbids nothing that is not text."""
     monkeypatch.chdir(finished)
     marked = tmp_path / "marked.toml"
     marked.write_bytes(b"\xef\xbb\xbf" + Path("recipe.toml").read_bytes())
