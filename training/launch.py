@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 
 from model.errors import QuillError
+
+
+def share_cores(environment: MutableMapping[str, str] = os.environ) -> None:
+    """To be called before torch loads libgomp, which then reads it: how long idle OpenMP workers spin.
+
+    By its default they outlast a time slice, and on cores that other processes use too, a step waits for a worker that
+    cannot run because another spins in its place: a hundred times slower. What the user has set stays.
+    """
+    if "OMP_WAIT_POLICY" not in environment:
+        environment.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from training.config import TrainConfig
-from training.prepare import PrepareRequest, prepare
+from training.data.prepare import PrepareRequest, prepare
 from training.recipe import build_config
 from training.run import run_training
 
@@ -28,8 +28,9 @@ def make_text(num_words: int, seed: int = 0) -> str:
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> None:
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "10000")  # as the train command sets it, which then changes nothing
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def report_page() -> None:
 @pytest.fixture(autouse=True)
 def no_report_page(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "report_page" not in request.fixturenames:
-        monkeypatch.setattr("training.run_log.write_page", lambda run_dir: None)
+        monkeypatch.setattr("training.reporting.run_log.write_page", lambda run_dir: None)
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,9 @@ from safetensors.torch import load_file
 from tests.training.conftest import train
 from training.checkpoint import step_folders
 from training.config import TrainConfig
+from training.distributed import init_distributed
+from training.errors import RecipeError
+from training.launch import one_voice, share_cores
 from training.recipe import build_config, config_to_toml, config_to_tree
 
 ROOT = Path(__file__).parents[2]
@@ -125,6 +128,41 @@ def test_ranks_write_what_one_writes(runs: Path) -> None:
     assert files["ddp-adamw"] == files["one-adamw"] == files["fsdp-adamw"]
     last = json.loads((runs / "fsdp-adamw" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["tokens"] == STEPS * 2 * 2 * 2 * 16
+
+
+def test_each_rank_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = {"WORLD_SIZE": "4", "RANK": "2", "LOCAL_RANK": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    monkeypatch.setattr("training.distributed.resolve_device", torch.device)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(RecipeError, match=r"train\.device is cuda:1, one GPU for all ranks; use cuda"):
+        init_distributed("cuda:1", environment)
+    with pytest.raises(RecipeError, match="this machine has 2 GPUs; start torchrun with --nproc-per-node no larger"):
+        init_distributed("cuda", environment)
+    del environment["MASTER_PORT"]
+    with pytest.raises(RecipeError, match="WORLD_SIZE is 4 but MASTER_PORT is not set; start the run by torchrun"):
+        init_distributed("cuda", environment)
+    alone = init_distributed("cpu", {"WORLD_SIZE": "1"})
+    assert (alone.rank, alone.world_size, alone.is_main) == (0, 1, True)
+    assert alone.from_main(7) == 7
+    assert alone.sum(torch.ones(2)).tolist() == [1, 1]
+
+
+def test_before_the_ranks_meet_one_on_a_machine_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for local_rank, expected in (("0", RecipeError), ("1", SystemExit)):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        with pytest.raises(expected), one_voice():
+            raise RecipeError("train.lr is wrong")
+
+
+def test_idle_openmp_workers_sleep_soon_unless_the_user_says_otherwise() -> None:
+    for before, after in (
+        ({}, {"GOMP_SPINCOUNT": "10000"}),
+        ({"GOMP_SPINCOUNT": "5"}, {"GOMP_SPINCOUNT": "5"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+    ):
+        environment = dict(before)
+        share_cores(environment)
+        assert environment == after
 
 
 def write_recipe(data_dir: Path, folder: Path, **changes: object) -> Path:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from training.launch import one_voice
+from training.launch import one_voice, share_cores
 from training.recipe import describe_fields, load_config
 
 EPILOG = "Keys, their defaults and meaning:\n\n" + describe_fields()
@@ -24,6 +24,7 @@ def train(
     """Train by a recipe. SIGTERM saves and exits 0; the same command then goes on where it stopped."""
     with one_voice():
         config = load_config(recipe, overrides or ())
+    share_cores()
     from training.run import run_training
 
     run_training(config, resume, Console())
