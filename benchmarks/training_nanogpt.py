@@ -92,7 +92,7 @@ def prepare_characters(clone: Path, folder: Path, text: Path, threads: int) -> N
 
 def write_tokens(prepared: Path, folder: Path) -> None:
     """Our prepared GPT-2 tokens as nanoGPT's raw uint16 files; without a meta.pkl it takes GPT-2's vocabulary."""
-    from training.dataset import open_split
+    from training.data.dataset import open_split
 
     target = folder / CHARACTER_DATA
     target.mkdir(parents=True)

@@ -14,7 +14,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 class Sequences(Protocol):
-    """What `training.data.TokenLoader` gives: sequences by their number in the run."""
+    """What `training.data.loader.TokenLoader` gives: sequences by their number in the run."""
 
     def batch(self, first: int, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]: ...
 

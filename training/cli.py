@@ -6,6 +6,7 @@ Commands import what they need when they run, so that `--help` and a typing mist
 from __future__ import annotations
 
 import sys
+from typing import NoReturn
 
 import typer
 
@@ -39,6 +40,12 @@ def main() -> None:
     """Runs the command line. A user's mistake is one line on stderr and exit status 1."""
     try:
         app(prog_name="python -m training")
-    except (QuillError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    except QuillError as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(1)

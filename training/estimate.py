@@ -16,7 +16,7 @@ from model.config import ModelConfig
 from model.transformer import Transformer
 from training.build import make_model_config
 from training.config import TrainConfig
-from training.dataset import open_folder
+from training.data.dataset import open_folder
 from training.metrics import flops_per_token
 from training.muon import Muon
 from training.optim import build_optimizers

@@ -26,7 +26,7 @@ from model.checkpoint import load_model
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from training.build import resolve_device
-from training.dataset import open_folder
+from training.data.dataset import open_folder
 from training.distributed import Distributed
 from training.errors import DataError, RecipeError
 from training.loss import summed_cross_entropy

@@ -21,8 +21,8 @@ from training.batches import MicroBatches
 from training.build import DTYPES, make_model, make_model_config
 from training.checkpoint import CheckpointManager, FoundState, has_state, open_tensors, read_state
 from training.config import TrainConfig
-from training.data import TokenLoader
-from training.dataset import Dataset, make_loader, open_dataset
+from training.data.dataset import Dataset, make_loader, open_dataset
+from training.data.loader import TokenLoader
 from training.distributed import Distributed, init_distributed
 from training.errors import RecipeError
 from training.generate import prompt_ids
@@ -30,8 +30,8 @@ from training.launch import one_voice
 from training.optim import build_optimizers
 from training.parallel import ParallelModel
 from training.progress import Progress
+from training.reporting.run_log import RunLog
 from training.run_folder import Resume, check_same_run, locked, require_usable, write_config
-from training.run_log import RunLog
 from training.saving import Saver
 from training.step import Stepper
 from training.stop import StopSignals

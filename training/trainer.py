@@ -27,7 +27,7 @@ from training.metrics import flops_per_token, peak_flops, peak_memory
 from training.optim import optimizer_tensors
 from training.progress import Progress, Stopwatch
 from training.recipe import config_to_tree
-from training.run_log import RunLog
+from training.reporting.run_log import RunLog
 from training.saving import Saver, Snapshots
 from training.schedule import lr_factor
 from training.step import Stepper, StepResult

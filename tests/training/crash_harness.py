@@ -15,7 +15,7 @@ from typing import Any
 
 from model.checkpoint import load_model
 from tests.training.conftest import make_text
-from training.prepare import PrepareRequest, prepare
+from training.data.prepare import PrepareRequest, prepare
 
 ROOT = Path(__file__).parents[2]
 # Fields of metrics.jsonl that depend on the clock or on the machine's memory.

@@ -36,7 +36,7 @@ from typing import Any, TextIO
 
 import torch
 
-import training.report_page
+import training.reporting.report_page
 import training.run
 from training import cli
 from training.metrics import peak_flops
@@ -114,7 +114,7 @@ def child(command: dict[str, Any], stderr: int, report: int) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.dup2(stderr, 2)
         if not command["page"]:
-            setattr(training.report_page, "write_report", lambda run_dir: run_dir / "report.html")  # noqa: B010
+            setattr(training.reporting.report_page, "write_report", lambda run_dir: run_dir / "report.html")  # noqa: B010
         hook = Hook(command["fault"])
         if set(hook.fault) - {"kill_after"}:
             threading.setprofile(hook)

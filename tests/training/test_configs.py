@@ -20,8 +20,8 @@ from model.transformer import Transformer
 from tests.training.conftest import make_text, train
 from tests.training.shell import shell_commands, training_command
 from training.build import make_model_config
+from training.data.prepare import PrepareRequest, prepare
 from training.generate import generate_from_checkpoint
-from training.prepare import PrepareRequest, prepare
 from training.recipe import CONFIGS, leading_comment, load_config, recipe_names, recipe_summary
 
 NAMES = recipe_names()

@@ -18,9 +18,9 @@ from tests.training.conftest import make_text, train
 from tests.training.crash_harness import RECIPE, outcome
 from training.checkpoint import read_state, step_folders
 from training.config import TrainConfig
-from training.dataset import open_split
+from training.data.dataset import open_split
+from training.data.prepare import PrepareRequest, prepare
 from training.errors import ResumeError
-from training.prepare import PrepareRequest, prepare
 from training.recipe import build_config
 
 

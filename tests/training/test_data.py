@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.data import TokenLoader, permute
-from training.dataset import open_split
+from training.data.dataset import open_split
+from training.data.loader import TokenLoader, permute
+from training.data.prepare import PrepareRequest, prepare
+from training.data.token_split import TokenSplit
 from training.errors import DataError
-from training.prepare import PrepareRequest, prepare
-from training.token_split import TokenSplit
 
 
 def make_split(num_tokens: int, shard_tokens: int = 10**9) -> TokenSplit:

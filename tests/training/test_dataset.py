@@ -16,10 +16,10 @@ from model.errors import QuillError
 from model.tokenizer import Tokenizer
 from tests.training.conftest import make_text
 from training.config import DataConfig
-from training.dataset import make_loader, open_dataset, open_folder, open_split
+from training.data.dataset import make_loader, open_dataset, open_folder, open_split
+from training.data.prepare import PrepareRequest, prepare
+from training.data.shards import data_digest, read_manifest
 from training.errors import DataError, RecipeError
-from training.prepare import PrepareRequest, prepare
-from training.shards import data_digest, read_manifest
 
 TEXT = make_text(900, seed=4)
 

@@ -14,12 +14,12 @@ from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
 from tests.training.conftest import ConfigMaker, train
 from training import loss as loss_module
-from training.dataset import open_split
+from training.data.dataset import open_split
+from training.data.prepare import PrepareRequest, prepare
 from training.errors import DataError, RecipeError
 from training.evaluate import TextTokens, encode_file, evaluate_checkpoint, evaluate_loss
 from training.generate import generate_from_checkpoint
 from training.loss import summed_cross_entropy
-from training.prepare import PrepareRequest, prepare
 
 
 @pytest.fixture(params=["llama", "gpt2"])

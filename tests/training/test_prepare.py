@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from model.errors import QuillError
 from model.tokenizer import Tokenizer
 from tests.training.conftest import make_text
+from training.data.prepare import PrepareRequest, prepare
+from training.data.readers import cut_text
+from training.data.shards import data_digest, read_manifest
 from training.errors import DataError, RecipeError
-from training.prepare import PrepareRequest, prepare
-from training.readers import cut_text
-from training.shards import data_digest, read_manifest
 
 
 def tokens_of(folder: Path, split: str) -> list[int]:
@@ -103,8 +103,8 @@ def test_documents_are_separated_by_end_of_text(tmp_path: Path) -> None:
 
 
 def test_workers_give_the_same_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.readers._CHUNK", 500)
-    monkeypatch.setattr("training.encode._BATCH_CHARACTERS", 900)
+    monkeypatch.setattr("training.data.readers._CHUNK", 500)
+    monkeypatch.setattr("training.data.encode._BATCH_CHARACTERS", 900)
     (tmp_path / "a.txt").write_text(make_text(600, seed=5), encoding="utf-8")
     one, _ = prepare(PrepareRequest((str(tmp_path / "a.txt"),), tmp_path / "one", "bytes"))
     two, _ = prepare(PrepareRequest((str(tmp_path / "a.txt"),), tmp_path / "two", "bytes", workers=2))

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.errors import QuillError
-from training.compressed import Meter
+from training.data.compressed import Meter
+from training.data.prepare import PrepareRequest, prepare
+from training.data.readers import ReadOptions, read_file
+from training.data.sources import check_inputs
 from training.errors import DataError, RecipeError
-from training.prepare import PrepareRequest, prepare
-from training.readers import ReadOptions, read_file
-from training.sources import check_inputs
 
 TEXTS = ["one two", "नमस्ते\n\ndunia", "", 'quote " and \\ 🖋', "x" * 3_000]
 
@@ -81,7 +81,7 @@ def test_json_is_read_whole_whatever_the_chunks(texts: list[str], chunk: int) ->
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.readers._CHUNK", chunk)
+        patch.setattr("training.data.readers._CHUNK", chunk)
         wanted = [text for text in texts if text]
         for name in ("a.json", "a.jsonl"):
             path = write_rows(Path(folder) / name, [{"text": text} for text in texts])

@@ -9,11 +9,11 @@ import datasets
 import pytest
 
 from tests.training.test_prepare import tokens_of
-from training.compressed import Meter
+from training.data.compressed import Meter
+from training.data.hub_dataset import HubDataset
+from training.data.prepare import PrepareRequest, prepare
+from training.data.readers import ReadOptions
 from training.errors import DataError
-from training.hub_dataset import HubDataset
-from training.prepare import PrepareRequest, prepare
-from training.readers import ReadOptions
 
 TEXTS = [f"row {i} of naïve text" for i in range(40)]
 

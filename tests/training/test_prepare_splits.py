@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from model.tokenizer import Tokenizer
 from tests.training.test_prepare import tokens_of
 from training.cli import app
-from training.encode import encode_batches, make_batches
+from training.data.encode import encode_batches, make_batches
+from training.data.prepare import PrepareRequest, prepare
+from training.data.readers import Piece
+from training.data.shards import SplitWriter
+from training.data.splits import Shares, Survey, split_documents, split_tail, tail_cuts
 from training.errors import DataError, RecipeError
-from training.prepare import PrepareRequest, prepare
-from training.readers import Piece
-from training.shards import SplitWriter
-from training.splits import Shares, Survey, split_documents, split_tail, tail_cuts
 
 TEXTS = st.lists(st.text(st.sampled_from("ab \n"), min_size=1, max_size=12), min_size=1, max_size=30)
 
@@ -70,7 +70,7 @@ def test_a_cut_moves_to_the_end_of_a_document_nearby_but_not_far() -> None:
 
 
 def test_a_survey_of_many_documents_takes_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.splits._ENDS_KEPT", 64)
+    monkeypatch.setattr("training.data.splits._ENDS_KEPT", 64)
     survey = Survey()
     for _ in range(5_000):
         survey.add(Piece("abc", True))
@@ -97,7 +97,7 @@ def test_documents_go_where_their_hash_says() -> None:
 def test_tokens_are_those_of_each_document_with_a_separator_between(texts: list[str], characters: int) -> None:
     tokenizer = Tokenizer.gpt2()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.encode._BATCH_CHARACTERS", characters)
+        patch.setattr("training.data.encode._BATCH_CHARACTERS", characters)
         pieces = split_documents((Piece(text, True) for text in texts), Shares(0.3, 0.2))
         placed = list(pieces)
         encoded = list(encode_batches(make_batches(placed, lambda: 0), tokenizer, Path(), workers=1))
@@ -175,7 +175,7 @@ def test_eighty_ten_ten_of_one_text(tmp_path: Path) -> None:
 
 
 def test_two_workers_write_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.encode._BATCH_CHARACTERS", 200)
+    monkeypatch.setattr("training.data.encode._BATCH_CHARACTERS", 200)
     item = write_jsonl(tmp_path / "a.jsonl", [f"document {i}: नमस्ते {'word ' * (i % 7)}" for i in range(300)])
     done: list[int] = []
     one, _ = prepare(PrepareRequest((item,), tmp_path / "one", "gpt2", test_fraction=0.1, workers=1))
@@ -189,7 +189,7 @@ def test_two_workers_write_what_one_does(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_worker_that_dies_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.encode._BATCH_CHARACTERS", 10)
+    monkeypatch.setattr("training.data.encode._BATCH_CHARACTERS", 10)
     item = write_jsonl(tmp_path / "a.jsonl", [f"document {i}" for i in range(300)])
 
     def kill(what: str, done: int, total: int | None) -> None:
@@ -211,8 +211,8 @@ def test_wrong_shares_are_refused() -> None:
 @pytest.mark.parametrize("name", ["one-document.txt", "rows.jsonl"])
 def test_memory_does_not_grow_with_the_text(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten times the text, read and encoded, costs no more memory than a tenth of it does."""
-    monkeypatch.setattr("training.readers._CHUNK", 1 << 14)
-    monkeypatch.setattr("training.encode._BATCH_CHARACTERS", 1 << 14)
+    monkeypatch.setattr("training.data.readers._CHUNK", 1 << 14)
+    monkeypatch.setattr("training.data.encode._BATCH_CHARACTERS", 1 << 14)
     words = "some words " * 50
     make = f"line {{}} {words}\n".format if name.endswith(".txt") else f'{{{{"text": "row {{}} {words}"}}}}\n'.format
     peaks = []

@@ -22,11 +22,11 @@ from hypothesis import strategies as st
 from model.checkpoint import load_model, read_manifest
 from tests.training.conftest import ConfigMaker, train
 from training.errors import RecipeError
-from training.figures import MAX_POINTS, Chart, Curve, draw, smooth, thin
-from training.quantities import byte_size, compact, duration, flop_rate
 from training.recipe import config_to_toml
-from training.report_page import write_report
-from training.run_record import read_run
+from training.reporting.figures import MAX_POINTS, Chart, Curve, draw, smooth, thin
+from training.reporting.quantities import byte_size, compact, duration, flop_rate
+from training.reporting.report_page import write_report
+from training.reporting.run_record import read_run
 
 VOID = {"meta", "br", "link", "img"}
 

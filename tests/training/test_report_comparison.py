@@ -13,10 +13,10 @@ from model.manifest import Provenance
 from tests.training.conftest import ConfigMaker
 from tests.training.test_report import LINES, Page, make_run, train_line, val_line
 from training import cli
-from training.comparison import compare
 from training.recipe import config_to_toml
-from training.report_page import write_comparison
-from training.run_record import RunRecord, read_run
+from training.reporting.comparison import compare
+from training.reporting.report_page import write_comparison
+from training.reporting.run_record import RunRecord, read_run
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_runs_on_other_data_are_compared_by_bits_per_byte(
     lines = [train_line(8, 1.0), val_line(8, 1.5, bits_per_byte=4.0)]
     (two_runs[1] / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     known = {folder / "checkpoints": (Provenance(data=f"sha256:{folder.name}"), None) for folder in two_runs}
-    monkeypatch.setattr("training.run_record._from_checkpoints", known.__getitem__)
+    monkeypatch.setattr("training.reporting.run_record._from_checkpoints", known.__getitem__)
     comparison = compare(records(two_runs))
     assert comparison.charts[0].y_label == "bits per byte"
     assert comparison.winner is comparison.runs[0]

@@ -14,7 +14,7 @@ import pytest
 from tests.training.conftest import ConfigMaker
 from training.errors import RecipeError
 from training.recipe import config_to_tree
-from training.trackers import make_trackers
+from training.reporting.trackers import make_trackers
 
 TRAIN = {"split": "train", "loss": 2.5, "lr": 1e-3, "tokens_per_second": 100.0, "mfu": None, "tokens": 64}
 VAL = {"split": "val", "loss": 2.75, "perplexity": math.inf, "bits_per_byte": math.nan, "lr": 1e-3}

@@ -21,11 +21,11 @@ from tests.training.conftest import ConfigMaker, make_text, train
 from training.batches import MicroBatches
 from training.checkpoint import step_folders
 from training.config import TrainConfig
+from training.data.prepare import PrepareRequest, prepare
 from training.distributed import Distributed
 from training.errors import RecipeError, ResumeError
 from training.metrics import flops_per_token
 from training.optim import build_optimizer, decay_groups
-from training.prepare import PrepareRequest, prepare
 from training.run import make_trainer, open_inputs
 from training.step import StepResult
 from training.trainer import Trainer

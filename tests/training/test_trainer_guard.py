@@ -12,7 +12,7 @@ import torch
 from tests.training.conftest import ConfigMaker, train
 from training.checkpoint import read_state, step_folders
 from training.config import TrainConfig
-from training.dataset import open_split
+from training.data.dataset import open_split
 from training.errors import DivergedError
 from training.evaluate import Evaluation, evaluate_checkpoint
 from training.loss import summed_cross_entropy

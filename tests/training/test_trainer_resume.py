@@ -96,7 +96,7 @@ def test_other_batch_sizes_continue_in_the_same_order_of_data(
         taken.append(range(first, first + count))
         return original(self, first, count)
 
-    monkeypatch.setattr("training.data.TokenLoader.batch", recording)
+    monkeypatch.setattr("training.data.loader.TokenLoader.batch", recording)
     train(make_config(train__max_steps=4))
     train(make_config(train__max_steps=6, train__batch_size=3, train__grad_accum_steps=2))
     train(make_config(train__max_steps=7, train__batch_size=8))
@@ -106,7 +106,7 @@ def test_other_batch_sizes_continue_in_the_same_order_of_data(
 
 
 def training_batch() -> Callable[..., object]:
-    from training.data import TokenLoader
+    from training.data.loader import TokenLoader
 
     return TokenLoader.batch
 

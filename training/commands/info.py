@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from training.commands.options import JsonFlag, print_result
-from training.quantities import byte_size, duration, flop_rate
+from training.reporting.quantities import byte_size, duration, flop_rate
 
 if TYPE_CHECKING:
     from training.config import TrainConfig

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from training.commands.options import JsonFlag, print_result
-from training.prepare import PrepareRequest, prepare
+from training.data.prepare import PrepareRequest, prepare
 
 
 def prepare_command(

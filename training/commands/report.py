@@ -19,8 +19,8 @@ def report_command(
     as_json: JsonFlag = False,
 ) -> None:
     """Write a page with a run's curves, results and settings, or one that compares several runs."""
-    from training.report_page import write_comparison, write_report
-    from training.run_record import read_run
+    from training.reporting.report_page import write_comparison, write_report
+    from training.reporting.run_record import read_run
 
     if len(run_dirs) == 1:
         path = write_report(run_dirs[0], out)

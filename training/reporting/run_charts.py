@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from training.figures import NOISY, Chart, Curve, smooth
-from training.run_record import Line, RunRecord, is_number
+from training.reporting.figures import NOISY, Chart, Curve, smooth
+from training.reporting.run_record import Line, RunRecord, is_number
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from model.tokenizer import Tokenizer
+from training.data.readers import Piece
 from training.errors import DataError
-from training.readers import Piece
 
 _QUEUED_PER_WORKER = 4
 # Enough text that starting a task costs little beside it, little enough that those in flight fit into memory.

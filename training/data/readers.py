@@ -18,8 +18,8 @@ from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 import msgspec
 
-from training.compressed import SUFFIXES as COMPRESSED_SUFFIXES
-from training.compressed import Meter, open_bytes
+from training.data.compressed import SUFFIXES as COMPRESSED_SUFFIXES
+from training.data.compressed import Meter, open_bytes
 from training.errors import DataError, RecipeError
 
 Documents = Literal["file", "line", "blank-line"]

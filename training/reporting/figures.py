@@ -20,7 +20,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from training.quantities import compact
+from training.reporting.quantities import compact
 
 Floats = npt.NDArray[np.float64]
 

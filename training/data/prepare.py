@@ -19,13 +19,12 @@ from pathlib import Path
 
 from model.atomic_folder import replace_folder
 from model.tokenizer import Tokenizer
-from training.compressed import Meter
-from training.encode import Encoded, encode_batches, make_batches
-from training.errors import DataError, RecipeError
-from training.hub_dataset import HubDataset
-from training.named_tokenizer import named_tokenizer
-from training.readers import Cut, Documents, Piece, ReadOptions, read_file
-from training.shards import (
+from training.data.compressed import Meter
+from training.data.encode import Encoded, encode_batches, make_batches
+from training.data.hub_dataset import HubDataset
+from training.data.named_tokenizer import named_tokenizer
+from training.data.readers import Cut, Documents, Piece, ReadOptions, read_file
+from training.data.shards import (
     FORMAT_VERSION,
     MANIFEST,
     SHARD_TOKENS,
@@ -38,8 +37,9 @@ from training.shards import (
     read_manifest,
     write_manifest,
 )
-from training.sources import Input, Source, check_inputs, fetch
-from training.splits import Shares, SplitRule, Survey, split_documents, split_tail, tail_cuts
+from training.data.sources import Input, Source, check_inputs, fetch
+from training.data.splits import Shares, SplitRule, Survey, split_documents, split_tail, tail_cuts
+from training.errors import DataError, RecipeError
 
 # (what is being done, bytes read so far, bytes in all or None where that is not known)
 OnProgress = Callable[[str, int, int | None], None]
@@ -55,7 +55,7 @@ class PrepareRequest:
 
     `documents` divides plain text; rows of other files are documents of their own, whose text the fields `text_keys`
     hold. `split` "auto" is "tail" for plain text that is read as whole files, otherwise "documents" (see
-    `training.splits`). `workers` 0 is one process per core where that pays.
+    `training.data.splits`). `workers` 0 is one process per core where that pays.
     """
 
     inputs: tuple[str, ...]

@@ -18,12 +18,12 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
-from training.comparison import Comparison, compare
 from training.errors import RecipeError
-from training.figures import Chart, draw
-from training.quantities import compact, duration
-from training.run_charts import run_charts
-from training.run_record import Line, RunRecord, finite, is_number, read_run
+from training.reporting.comparison import Comparison, compare
+from training.reporting.figures import Chart, draw
+from training.reporting.quantities import compact, duration
+from training.reporting.run_charts import run_charts
+from training.reporting.run_record import Line, RunRecord, finite, is_number, read_run
 
 REPORT_FILE = "report.html"
 _UNKNOWN = "–"
@@ -55,7 +55,7 @@ def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
 @cache
 def _template(name: str) -> Template:
     environment = Environment(
-        loader=PackageLoader("training"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=PackageLoader("training.reporting"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
     return environment.get_template(name)

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.compressed import Meter
+from training.data.compressed import Meter
+from training.data.readers import Piece, ReadOptions, document_pieces, row_text
 from training.errors import DataError, RecipeError
-from training.readers import Piece, ReadOptions, document_pieces, row_text
 
 _SPEC = re.compile(r"(?P<name>[^:@]+)(:(?P<config>[^:@]+))?(@(?P<split>[^:@]+))?")
 _ROWS_AT_A_TIME = 1000

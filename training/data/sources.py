@@ -18,10 +18,10 @@ from typing import Literal
 from urllib.parse import urlparse
 
 from model.manifest import file_sha256
+from training.data.hub_dataset import is_saved_dataset
+from training.data.readers import KNOWN_SUFFIXES, file_format
+from training.data.token_split import in_threads
 from training.errors import DataError, RecipeError
-from training.hub_dataset import is_saved_dataset
-from training.readers import KNOWN_SUFFIXES, file_format
-from training.token_split import in_threads
 
 # Short names for `--input`: (URL, sha256).
 KNOWN_SOURCES = {

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from training.readers import Piece
+from training.data.readers import Piece
 
 SplitRule = Literal["auto", "tail", "documents"]
 SPLITS = ("train", "val", "test")

@@ -18,12 +18,20 @@ import numpy.typing as npt
 from model.manifest import file_sha256
 from model.tokenizer import Tokenizer
 from training.config import DataConfig
-from training.data import TokenLoader
+from training.data.loader import TokenLoader
+from training.data.named_tokenizer import named_tokenizer
+from training.data.raw_shards import RawShard, count_text_bytes, find_raw_splits, open_raw_shard
+from training.data.shards import (
+    MANIFEST,
+    TOKENIZER_DIR,
+    DataManifest,
+    ShardInfo,
+    data_digest,
+    read_manifest,
+    tokens_digest,
+)
+from training.data.token_split import TokenSplit, check_ids, in_threads, map_tokens
 from training.errors import DataError
-from training.named_tokenizer import named_tokenizer
-from training.raw_shards import RawShard, count_text_bytes, find_raw_splits, open_raw_shard
-from training.shards import MANIFEST, TOKENIZER_DIR, DataManifest, ShardInfo, data_digest, read_manifest, tokens_digest
-from training.token_split import TokenSplit, check_ids, in_threads, map_tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,8 @@ from rich.console import Console
 
 from training.config import TrainConfig
 from training.metrics import MetricsLog
-from training.report import Reporter
-from training.trackers import make_trackers
+from training.reporting.report import Reporter
+from training.reporting.trackers import make_trackers
 
 _PAGE_SECONDS = 30.0
 
@@ -56,6 +56,6 @@ class RunLog:
 
 
 def write_page(run_dir: Path) -> None:
-    from training.report_page import write_report  # its plotting library takes a second to import
+    from training.reporting.report_page import write_report  # its plotting library takes a second to import
 
     write_report(run_dir)

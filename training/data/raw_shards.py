@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from model.tokenizer import Tokenizer
+from training.data.token_split import map_tokens
 from training.errors import DataError
-from training.token_split import map_tokens
 
 _HEADER_INTS = 256
 _HEADER_BYTES = 4 * _HEADER_INTS

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from training.figures import NOISY, Chart, Curve, curve_style, smooth
-from training.run_record import RunRecord, is_number
+from training.reporting.figures import NOISY, Chart, Curve, curve_style, smooth
+from training.reporting.run_record import RunRecord, is_number
 
 Setting = tuple[str, tuple[str, ...]]
 

@@ -1,0 +1,1 @@
+"""What a run tells: terminal lines, metrics for trackers, the page with its charts."""
