@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,9 @@ def workshop(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Wo
 class Broken:
     """A run and the same run broken off, from its start or from half way, under some overrides."""
 
-    def __init__(self, workshop: Workshop, *overrides: str, fresh: bool = False) -> None:
-        self.workshop, self.overrides, self.start = workshop, overrides, None if fresh else workshop.new("half-way")
+    def __init__(self, workshop: Workshop, overrides: tuple[str, ...], fresh: bool) -> None:
+        self.workshop, self.overrides = workshop, overrides
+        self.start = None if fresh else workshop.new(" ".join(("half-way", *overrides)))
         if self.start is not None:
             result = workshop.train(self.start, *overrides, kill_when="run/state/step-2")
             assert result.status == KILLED
@@ -97,6 +99,18 @@ class Broken:
         return bool(result.status)
 
 
+BrokenRuns = Callable[..., Broken]
+
+
+@pytest.fixture(scope="module")
+def runs(workshop: Workshop) -> BrokenRuns:
+    @functools.cache
+    def prepared(*overrides: str, fresh: bool = False) -> Broken:
+        return Broken(workshop, overrides, fresh)
+
+    return prepared
+
+
 def assert_clear_error(result: Result, place: Path) -> None:
     assert result.status == 1, result.stderr
     assert result.stderr.startswith("error: "), result.stderr
@@ -111,24 +125,24 @@ def some(numbers: list[int], count: int, seed: int = 0) -> list[int]:
 
 
 @pytest.mark.parametrize("dtype", HALF)
-def test_killed_inside_a_save_and_resumed(dtype: str, workshop: Workshop) -> None:
+def test_killed_inside_a_save_and_resumed(dtype: str, runs: BrokenRuns) -> None:
     """Anywhere from the resumption of a run to its end."""
-    broken = Broken(workshop, *HALF[dtype])
+    broken = runs(*HALF[dtype])
     points = broken.distinct()
     assert len(points) > 40  # the hook has met the save's operations
-    for number in some(points, 8, seed=len(dtype)):
+    for number in some(points, 5, seed=len(dtype)):
         broken.kill(number)
 
 
-def test_killed_at_its_start_and_resumed(workshop: Workshop) -> None:
-    broken = Broken(workshop, fresh=True)
-    for number in some(broken.distinct(), 4):
+def test_killed_at_its_start_and_resumed(runs: BrokenRuns) -> None:
+    broken = runs(fresh=True)
+    for number in some(broken.distinct(), 3):
         broken.kill(number)
 
 
-def test_killed_while_saving_beside_the_steps(workshop: Workshop) -> None:
-    broken = Broken(workshop, ASYNC)
-    for number in some(broken.distinct(), 4):
+def test_killed_while_saving_beside_the_steps(runs: BrokenRuns) -> None:
+    broken = runs(ASYNC)
+    for number in some(broken.distinct(), 3):
         broken.kill(number)
 
 
@@ -155,26 +169,26 @@ def random_kills(workshop: Workshop, count: int, *overrides: str) -> None:
 
 
 def test_killed_at_random_moments(workshop: Workshop) -> None:
-    random_kills(workshop, 4)
+    random_kills(workshop, 3)
 
 
-def test_a_full_disk_is_one_sentence_and_the_run_goes_on_afterwards(workshop: Workshop) -> None:
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on_afterwards(runs: BrokenRuns) -> None:
     """No file can grow any more from one operation on; one operation alone finds no room."""
-    broken = Broken(workshop)
-    numbers = range(0, len(broken.operations), len(broken.operations) // 8)
-    assert sum(broken.fill_disk(disk_full_at=number) for number in numbers) >= 5
-    for number in some(broken.refusable(), 4):
+    broken = runs()
+    numbers = range(0, len(broken.operations), len(broken.operations) // 5)
+    assert sum(broken.fill_disk(disk_full_at=number) for number in numbers) >= 3
+    for number in some(broken.refusable(), 3):
         assert broken.fill_disk(refuse_at=number)
 
 
-def test_a_full_disk_while_saving_beside_the_steps(workshop: Workshop) -> None:
-    broken = Broken(workshop, ASYNC)
+def test_a_full_disk_while_saving_beside_the_steps(runs: BrokenRuns) -> None:
+    broken = runs(ASYNC)
     for number in some(broken.distinct(), 3):
         broken.fill_disk(disk_full_at=number)
 
 
-def test_a_full_disk_at_the_very_start(workshop: Workshop) -> None:
-    broken = Broken(workshop, fresh=True)
+def test_a_full_disk_at_the_very_start(runs: BrokenRuns) -> None:
+    broken = runs(fresh=True)
     for number in (0, 5, 20):
         broken.fill_disk(disk_full_at=number)
 
@@ -188,7 +202,7 @@ def test_prepare_killed_or_without_room_leaves_nothing_half_written(workshop: Wo
     expected = {path.name: path.read_bytes() for path in (place / "run").rglob("*") if path.is_file()}
     assert survey.status == 0
     assert len(expected) >= 4
-    for number in range(0, len(survey.operations), 8):
+    for number in range(0, len(survey.operations), 12):
         place = workshop.new("prepare")
         full = launcher.run(place, *PREPARE, disk_full_at=number)
         if full.status:
@@ -207,8 +221,8 @@ def test_prepare_killed_or_without_room_leaves_nothing_half_written(workshop: Wo
     ("fresh", "overrides"),
     [(True, ()), (False, ()), (False, HALF["bfloat16"]), (False, (ASYNC,)), (True, (ASYNC, *HALF["bfloat16"]))],
 )
-def test_killed_before_every_single_operation(fresh: bool, overrides: tuple[str, ...], workshop: Workshop) -> None:
-    broken = Broken(workshop, *overrides, fresh=fresh)
+def test_killed_before_every_single_operation(fresh: bool, overrides: tuple[str, ...], runs: BrokenRuns) -> None:
+    broken = runs(*overrides, fresh=fresh)
     for number in range(len(broken.operations)):
         broken.kill(number)
 
@@ -221,8 +235,8 @@ def test_killed_at_twenty_random_moments(dtype: str, workshop: Workshop) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize("overrides", [(), (ASYNC,)], ids=["saving first", "saving beside"])
-def test_a_disk_full_at_every_single_operation(overrides: tuple[str, ...], workshop: Workshop) -> None:
-    broken = Broken(workshop, *overrides)
+def test_a_disk_full_at_every_single_operation(overrides: tuple[str, ...], runs: BrokenRuns) -> None:
+    broken = runs(*overrides)
     for number in range(len(broken.operations)):
         broken.fill_disk(disk_full_at=number)
     for number in broken.refusable():
@@ -258,9 +272,9 @@ def test_the_module_itself_killed_and_resumed(workshop: Workshop) -> None:
 
 
 @pytest.mark.slow
-def test_a_file_system_that_is_really_full(workshop: Workshop, tmp_path: Path) -> None:
+def test_a_file_system_that_is_really_full(runs: BrokenRuns, workshop: Workshop, tmp_path: Path) -> None:
     """Sizes of a tmpfs from one that holds no state to one that holds most of a run."""
-    broken = Broken(workshop)
+    broken = runs()
     for kilobytes in (16, 64, 128, 256, 320):
         mounted = subprocess.run(
             ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(tmp_path)], capture_output=True, text=True
