@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from training.reporting import run_log
 from training.distributed import init_distributed
 from training.recipe import build_config
+from training.reporting import run_log
 from training.run import run_on_rank
 
 
