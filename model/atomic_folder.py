@@ -72,6 +72,14 @@ def replace_file(path: Path, content: bytes) -> None:
         raise CheckpointError(f"{path} cannot be written: {problem.strerror or problem}") from problem
 
 
+def remove_folder(folder: Path) -> None:
+    """Delete a folder that appears whole or not at all; what a killed deletion leaves, `clear_leftovers` removes."""
+    partial = _beside(folder, _PARTIAL)
+    _remove(partial)
+    folder.rename(partial)
+    shutil.rmtree(partial)
+
+
 def clear_leftovers(parent: Path) -> None:
     """Undo in `parent` what killed writers left: what is half written goes, a folder moved aside comes back.
 

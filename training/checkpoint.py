@@ -9,6 +9,7 @@ the newest two are kept, and a damaged one is passed over.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -23,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model.atomic_folder import replace_folder
+from model.atomic_folder import clear_leftovers, remove_folder, replace_folder
 from model.checkpoint import Provenance, save_state_dict
 from model.config import ModelConfig
 from model.hf_config import CONFIG_FILE
@@ -48,7 +49,7 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
     `scaler` the fp16 loss scaling's state.
     """
 
-    version: Literal[2] = 2
+    version: Literal[3] = 3
     step: int
     sequences: int
     run_id: str
@@ -61,6 +62,7 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
     config: dict[str, dict[str, Any]]
     scaler: dict[str, float | int]
     tensors_sha256: str = ""
+    sha256: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +119,13 @@ class CheckpointManager:
         replace_folder(folder, lambda partial: _write_state(partial, state, tensors), marker=STATE_FILE)
         _remove_oldest(self.states, _KEPT_STATES)
 
+    def clear(self) -> None:
+        """Removes what a killed run left: half-written or half-deleted folders, and states beyond those kept."""
+        for parent in (self.run_dir, self.checkpoints, self.states):
+            clear_leftovers(parent)
+        _remove_oldest(self.states, _KEPT_STATES)
+        _remove_oldest(self.checkpoints, self.keep)
+
     def find_state(self) -> FoundState:
         """The newest whole state. Raises ResumeError when none is whole."""
         damaged: list[tuple[Path, str]] = []
@@ -161,8 +170,10 @@ def read_state(folder: Path) -> RunState:
     try:
         state = msgspec.json.decode(path.read_bytes(), type=RunState)
         digest = file_sha256(folder / TENSORS_FILE)
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, UnicodeDecodeError, msgspec.DecodeError) as error:
         raise ResumeError(f"{path}: not a readable state ({error})") from None
+    if _digest(state) != state.sha256:
+        raise ResumeError(f"{path}: is damaged, for it does not match its own sha256")
     if digest != state.tensors_sha256:
         raise ResumeError(f"{folder / TENSORS_FILE}: does not match the sha256 in {STATE_FILE}")
     return state
@@ -202,13 +213,19 @@ def open_tensors(folder: Path) -> SavedTensors:
         raise ResumeError(f"{path}: cannot be read ({error})") from None
 
 
+def _digest(state: RunState) -> str:
+    """sha256 of all that state.json says but this."""
+    return hashlib.sha256(msgspec.json.encode(msgspec.structs.replace(state, sha256=""))).hexdigest()
+
+
 def _write_state(folder: Path, state: RunState, tensors: dict[str, Tensor]) -> None:
     save_file(tensors, folder / TENSORS_FILE)
     whole = msgspec.structs.replace(state, tensors_sha256=file_sha256(folder / TENSORS_FILE))
+    whole = msgspec.structs.replace(whole, sha256=_digest(whole))
     (folder / STATE_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(whole), indent=2) + b"\n")
 
 
 def _remove_oldest(parent: Path, keep: int) -> None:
     folders = step_folders(parent)
     for _, folder in folders[: max(0, len(folders) - keep)]:
-        shutil.rmtree(folder)
+        remove_folder(folder)

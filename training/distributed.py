@@ -93,15 +93,22 @@ class Distributed:
                 os._exit(1)
 
 
+def _count(environment: Mapping[str, str], name: str, default: str = "") -> int:
+    text = environment.get(name, default)
+    if not text.isdecimal() or (name == "WORLD_SIZE" and int(text) < 1):
+        raise RecipeError(f"{name} is {text!r} but must be a number; unset it, or start the run by torchrun")
+    return int(text)
+
+
 def init_distributed(device_name: str, environment: Mapping[str, str] = os.environ) -> Distributed:
     """Joins the group that torchrun's variables describe. Raises RecipeError for a device that is not there."""
-    world_size = int(environment.get("WORLD_SIZE", "1"))
+    world_size = _count(environment, "WORLD_SIZE", "1")
     if world_size == 1:
         return Distributed(_prepared(resolve_device(device_name)))
     missing = [name for name in ("RANK", "LOCAL_RANK", *_ADDRESS) if name not in environment]
     if missing:
         raise RecipeError(f"WORLD_SIZE is {world_size} but {missing[0]} is not set; start the run by torchrun")
-    rank, local_rank = int(environment["RANK"]), int(environment["LOCAL_RANK"])
+    rank, local_rank = _count(environment, "RANK"), _count(environment, "LOCAL_RANK")
     device = _prepared(_local_device(device_name, local_rank))
     if device.type == "cuda":
         dist.init_process_group("nccl", device_id=device)

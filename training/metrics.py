@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
 import sys
 from collections.abc import Mapping
@@ -14,8 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from model.atomic_folder import replace_file
 from model.config import ModelConfig
 from training.device_peaks import peak_flops
+from training.errors import RecipeError
 
 __all__ = ["MetricsLog", "flops_per_token", "peak_flops", "peak_memory", "read_metrics"]
 
@@ -52,17 +53,16 @@ class MetricsLog:
 
     def __init__(self, path: Path, resume_step: int) -> None:
         kept = [values for values in read_metrics(path) if values["step"] <= resume_step]
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(_line(values) for values in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        self._file = path.open("a", encoding="utf-8")
+        replace_file(path, "".join(map(_line, kept)).encode())
+        self._path, self._file = path, path.open("ab", buffering=0)
 
     def write(self, **values: Any) -> None:
-        self._file.write(_line(values))
-        self._file.flush()
+        try:
+            line = _line(values).encode()
+            while line:  # a disk that becomes full takes a part and refuses the rest
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            raise RecipeError(f"{self._path} cannot be written: {error.strerror}") from error
 
     def close(self) -> None:
         self._file.close()

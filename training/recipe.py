@@ -145,7 +145,7 @@ def _comment(text: str) -> list[str]:
 
 def _read_toml(recipe: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(recipe.read_text(encoding="utf-8"))
+        return tomllib.loads(recipe.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RecipeError(f"{recipe}: not a readable TOML file ({error})") from None
 

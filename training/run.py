@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from model.atomic_folder import clear_leftovers
 from model.config import ModelConfig
 from model.errors import TokenizerError
 from model.tokenizer import Tokenizer
@@ -149,8 +148,7 @@ def _find_state(
     """The state that rank 0 chooses, on every rank; None for a new run."""
     found = None
     if distributed.is_main:
-        for parent in (checkpoints.checkpoints, checkpoints.states):
-            clear_leftovers(parent)
+        checkpoints.clear()
         found = checkpoints.find_state() if has_state(checkpoints.run_dir) else None
         if found is not None:
             check_same_run(found.state, config, data_digest)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from model.atomic_folder import replace_file
 from training.checkpoint import RunState, has_state
 from training.config import SECTIONS, TrainConfig
 from training.errors import RecipeError, ResumeError
@@ -63,8 +63,12 @@ def _with_defaults(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
     """Creates the folder and keeps a second process from writing to it."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / ".lock").open("w") as file:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = (run_dir / ".lock").open("w")
+    except OSError as error:
+        raise RecipeError(f"run.dir {run_dir} cannot be written: {error.strerror}") from None
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -74,6 +78,4 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 def write_config(run_dir: Path, config: TrainConfig) -> None:
     """config.toml, the resolved recipe. Raises OSError, and then an older one is as it was."""
-    partial = run_dir / "config.toml.tmp"
-    partial.write_text(config_to_toml(config), encoding="utf-8")
-    os.replace(partial, run_dir / "config.toml")
+    replace_file(run_dir / "config.toml", config_to_toml(config).encode())

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy.typing as npt
 
+from model.errors import TokenizerError
 from model.manifest import file_sha256
 from model.tokenizer import Tokenizer
 from training.config import DataConfig
@@ -95,7 +96,10 @@ class PreparedFolder:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        tokenizer = Tokenizer.load(self.folder / TOKENIZER_DIR)
+        try:
+            tokenizer = Tokenizer.load(self.folder / TOKENIZER_DIR)
+        except TokenizerError as error:
+            raise DataError(f"{self.folder / TOKENIZER_DIR}: {error}") from None
         stated = (self.manifest.vocab_size, self.manifest.tokenizer_digest)
         if (tokenizer.vocab_size, tokenizer.digest) != stated:
             raise DataError(f"{self.folder / TOKENIZER_DIR}: not the tokenizer that the data was prepared with")

@@ -86,7 +86,7 @@ def read_manifest(folder: Path) -> DataManifest:
         manifest = msgspec.json.decode(path.read_bytes(), type=DataManifest)
     except FileNotFoundError:
         raise DataError(f"{folder}: no {MANIFEST}; run `python -m training prepare --out {folder}` first") from None
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, UnicodeDecodeError, msgspec.DecodeError) as error:
         raise DataError(f"{path}: not a readable manifest ({error}); prepare the data again") from None
     if manifest.version != FORMAT_VERSION or manifest.dtype not in _DTYPES:
         raise DataError(f"{path}: version or dtype is unknown to this release; prepare the data again")

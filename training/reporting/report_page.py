@@ -10,7 +10,6 @@ them, and what users wrote (names, settings) is escaped.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -18,6 +17,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
+from model.atomic_folder import replace_file
+from model.errors import CheckpointError
 from training.errors import RecipeError
 from training.reporting.comparison import Comparison, compare
 from training.reporting.figures import Chart, draw
@@ -62,13 +63,10 @@ def _template(name: str) -> Template:
 
 
 def _write(path: Path, page: str) -> Path:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(page, encoding="utf-8", errors="replace")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise RecipeError(f"{path}: cannot be written ({error.strerror}); name another file with --out") from None
+        replace_file(path, page.encode("utf-8", errors="replace"))
+    except CheckpointError as error:
+        raise RecipeError(f"{error}; name another file with --out") from None
     return path
 
 
