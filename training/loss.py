@@ -9,8 +9,21 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-# Logits that may exist at once. 2^25 float32 values are 128 MiB; the backward pass needs about three times that.
+# Logits that may exist at once on the CPU. 2^25 float32 values are 128 MiB; the backward pass needs about three times
+# that.
 MAX_LOGITS = 1 << 25
+# A GPU gives a quarter of its memory to logits, their float32 copy and their gradient, 12 bytes each in all: chunks of
+# few rows would leave it idle, and each is computed twice.
+_GPU_BYTES_PER_LOGIT = 4 * 12
+# Products of whole tiles of rows are the fast ones.
+_ROWS = 128
+
+
+def max_logits(device: torch.device) -> int:
+    """Logits that may exist at once on the device."""
+    if device.type != "cuda":
+        return MAX_LOGITS
+    return int(torch.cuda.get_device_properties(device).total_memory // _GPU_BYTES_PER_LOGIT)
 
 
 def summed_cross_entropy(
@@ -21,16 +34,18 @@ def summed_cross_entropy(
     vocab_size: int,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    limit: int | None = None,
 ) -> Tensor:
     """Sum of -log p(target) in nats, a float32 scalar, for hidden [..., D] and targets [...].
 
     With `label_smoothing` e the target is 1 - e of itself and e spread evenly over all tokens (Szegedy et al. 2016).
     `z_loss` adds that multiple of log² Σ exp(logits) for each target, which keeps logits small (Chowdhery et al. 2022).
-    Where all logits would not fit in MAX_LOGITS, each chunk's logits are made anew in the backward pass
-    (one more head product) instead of being kept.
+    Where there would be more than `limit` logits (default: MAX_LOGITS), each chunk's logits are made anew in the
+    backward pass (one more head product) instead of being kept.
     """
     hidden, targets = hidden.flatten(0, -2), targets.flatten()
-    rows = max(1, MAX_LOGITS // vocab_size)
+    rows = max(1, (MAX_LOGITS if limit is None else limit) // vocab_size)
+    rows = rows // _ROWS * _ROWS or rows
     if len(targets) <= rows:
         return _chunk_loss(compute_logits, hidden, targets, label_smoothing, z_loss)
     total = hidden.new_zeros((), dtype=torch.float32)

@@ -13,7 +13,7 @@ from model.transformer import Transformer
 from training.build import DTYPES
 from training.config import TrainSection
 from training.distributed import Distributed
-from training.loss import summed_cross_entropy
+from training.loss import max_logits, summed_cross_entropy
 
 
 class LossModel(nn.Module):
@@ -23,9 +23,10 @@ class LossModel(nn.Module):
     the first `vocab_size` tokens, as the saved checkpoint computes it, which has no padding of the vocabulary.
     """
 
-    def __init__(self, transformer: Transformer, settings: TrainSection, vocab_size: int) -> None:
+    def __init__(self, transformer: Transformer, settings: TrainSection, vocab_size: int, device: torch.device) -> None:
         super().__init__()
         self.vocab_size = vocab_size
+        self.max_logits = max_logits(device)
         self.transformer = transformer
         self.dtype = DTYPES[settings.dtype]
         extra = {"label_smoothing": settings.label_smoothing, "z_loss": settings.z_loss}
@@ -38,7 +39,7 @@ class LossModel(nn.Module):
             hidden = self.transformer(inputs)
             return summed_cross_entropy(
                 self.transformer.compute_logits if self.training else self._unpadded_logits, hidden[:, skip:],
-                targets[:, skip:], vocab_size=self.transformer.config.vocab_size, **extra,
+                targets[:, skip:], vocab_size=self.transformer.config.vocab_size, limit=self.max_logits, **extra,
             )  # fmt: skip
 
     def _unpadded_logits(self, hidden: Tensor) -> Tensor:
@@ -57,7 +58,7 @@ class ParallelModel:
         device = distributed.device
         compiled = settings.compile if settings.compile is not None else device.type == "cuda"
         transformer.recompute_layers = settings.activation_checkpointing
-        self.root = LossModel(transformer, settings, vocab_size)
+        self.root = LossModel(transformer, settings, vocab_size, device)
         self.is_sharded = distributed.world_size > 1 and settings.parallel == "fsdp"
         self._ddp: nn.parallel.DistributedDataParallel | None = None
         self._train: Callable[[Tensor, Tensor], Tensor] = self.root
