@@ -44,7 +44,8 @@ from training.errors import DataError, RecipeError
 # (what is being done, bytes read so far, bytes in all or None where that is not known)
 OnProgress = Callable[[str, int, int | None], None]
 
-_CUTS: dict[str, Cut] = {"bytes": "anywhere", "characters": "anywhere", "byte_bpe": "words", "library": "never"}
+# Where text may be cut for each kind of tokenizer, its tokens staying the same.
+CUTS: dict[str, Cut] = {"bytes": "anywhere", "characters": "anywhere", "byte_bpe": "words", "library": "never"}
 # Below this, starting processes takes longer than the tokenising.
 _WORTH_WORKERS_BYTES = 1 << 25
 
@@ -152,7 +153,7 @@ class _Job:
         (folder / TOKENIZER_DIR).mkdir()
         tokenizer.save(folder / TOKENIZER_DIR)
         meter = Meter()
-        pieces = self.corpus.read(self._options(_CUTS[tokenizer.kind]), meter)
+        pieces = self.corpus.read(self._options(CUTS[tokenizer.kind]), meter)
         if self.rule == "tail":
             assigned = split_tail(pieces, tail_cuts(survey, request.shares), request.shares.names)
         else:
