@@ -4,6 +4,7 @@ QuillError
 ├── ConfigError                   config.json or a ModelConfig that cannot be run
 ├── CheckpointError               weights: missing, extra, misshapen, damaged or in a refused format
 ├── TokenizerError                tokenizer files that are absent or cannot be used
+├── ControlError                  a control or value that the model was not trained with, or that cannot be declared
 └── InvalidSamplingParamsError    a sampling parameter out of its bounds (`.param` names it)
 
 Each message is one sentence that names the field or file and says what to do.
@@ -25,6 +26,10 @@ class CheckpointError(QuillError):
 
 
 class TokenizerError(QuillError):
+    pass
+
+
+class ControlError(QuillError):
     pass
 
 

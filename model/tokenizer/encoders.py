@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -83,7 +84,7 @@ class TiktokenEncoder:
 
 
 class _UnitEncoder(ABC):
-    """Shared by the two that read a text unit by unit and know at most one special token."""
+    """Shared by the two that read a text unit by unit."""
 
     special_tokens: Mapping[str, int]
 
@@ -97,10 +98,15 @@ class _UnitEncoder(ABC):
         return [self.encode(text, add_special) for text in texts]
 
     def encode_template(self, text: str) -> list[int]:
-        for content, token_id in self.special_tokens.items():
-            head, *tails = (self.encode(part, False) for part in text.split(content))
-            return head + [i for tail in tails for i in (token_id, *tail)]
-        return self.encode(text, False)
+        if not self.special_tokens:
+            return self.encode(text, False)
+        longest_first = sorted(self.special_tokens, key=len, reverse=True)
+        # With the group in the pattern the tokens stand between the parts, at the odd places.
+        parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
+        ids = [
+            [self.special_tokens[part]] if place % 2 else self.encode(part, False) for place, part in enumerate(parts)
+        ]
+        return [i for each in ids for i in each]
 
     def canonical(self) -> bytes:
         return to_json_bytes(self.document())

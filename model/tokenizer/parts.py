@@ -90,8 +90,6 @@ def _byte_bpe_parts(bpe: ByteBpe) -> TokenizerParts:
 def _unit_parts(files: TokenizerFiles) -> TokenizerParts | None:
     """Bytes or characters, if the file says just what `Tokenizer.save` writes for them."""
     special_tokens = files.special_tokens
-    if len(special_tokens) > 1:
-        return None
     if _is_same(files.document, bytes_document(special_tokens)):
         return bytes_parts(special_tokens)
     vocab = as_dict(as_dict(files.document.get("model")).get("vocab"))
