@@ -10,6 +10,7 @@ import time
 
 from model.errors import InvalidSamplingParamsError, TokenizerError
 from model.sampling_params import SamplingParams
+from model.text_output import TextDecoder
 from model.tokenizer import Tokenizer
 from server.engine.interface import EngineClient, EngineUnavailableError, QueueFullError
 from server.engine.messages import EngineInfo
@@ -24,7 +25,6 @@ from server.errors import (
 )
 from server.generation import SEED_BITS, Generation, Prompt
 from server.metrics import Metrics
-from server.output import TextDecoder
 from server.schemas.native import GenerateRequest
 from server.services import Services
 

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.text_output import StopMatcher
 from model.tokenizer import Tokenizer
 from server.engine.messages import SequenceOutput, TokenLogprobs
-from server.output import ChoiceDelta, ChoiceOutput, StopMatcher
+from server.output import ChoiceDelta, ChoiceOutput
 
 BYTES = Tokenizer.bytes()
 EOS = 256
