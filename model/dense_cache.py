@@ -68,3 +68,20 @@ class DenseKVCache:
         )
         batch = PagedBatch(self.backend, self.cache, metadata, self.config.sliding_window)
         return positions.repeat(batch_size), batch
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Replace the sequences by those at `rows` [B] int64, of which any may come several times or not at all."""
+        blocks_each = self.block_tables.shape[1]
+
+        def select(blocks: Tensor) -> Tensor:
+            return blocks.unflatten(0, (-1, blocks_each)).index_select(0, rows).flatten(0, 1)
+
+        num_blocks = rows.shape[0] * blocks_each
+        self.cache = PagedKVCache(
+            [select(blocks) for blocks in self.cache.keys],
+            [select(blocks) for blocks in self.cache.values],
+            num_blocks,
+            self.cache.block_size,
+        )
+        blocks = torch.arange(num_blocks, dtype=torch.int32, device=self.block_tables.device)
+        self.block_tables = blocks.view(-1, blocks_each)

@@ -65,6 +65,16 @@ class GenerationOutput:
     finish_reason: FinishReason
     logprobs: list[TokenLogprobs] | None
 
+    @classmethod
+    def of(cls, tokens: Sequence[GeneratedToken], params: SamplingParams) -> GenerationOutput:
+        """What the tokens of one sequence, all of them, come to."""
+        logprobs = [token.logprobs for token in tokens if token.logprobs is not None]
+        return cls(
+            token_ids=[token.token_id for token in tokens],
+            finish_reason=tokens[-1].finish_reason or "length",
+            logprobs=logprobs if params.logprobs is not None else None,
+        )
+
 
 def generate(
     model: CausalModel,
@@ -86,12 +96,7 @@ def generate(
             valid_vocab_size=valid_vocab_size,
         )
     )
-    logprobs = [token.logprobs for token in tokens if token.logprobs is not None]
-    return GenerationOutput(
-        token_ids=[token.token_id for token in tokens],
-        finish_reason=tokens[-1].finish_reason or "length",
-        logprobs=logprobs if params.logprobs is not None else None,
-    )
+    return GenerationOutput.of(tokens, params)
 
 
 def stream_generate(
@@ -112,13 +117,14 @@ def stream_generate(
     Raises PromptError for a prompt that is empty, fills the context or has an id outside the vocabulary.
     """
     config = model.config
-    _check_prompt(prompt_token_ids, config)
+    check_prompt(prompt_token_ids, config)
     eos = config.eos_token_ids if eos_token_ids is None else tuple(eos_token_ids)
     sampler = Sampler(config.vocab_size, valid_vocab_size=valid_vocab_size, eos_token_ids=eos, device=model.device)
     return _tokens(model, list(prompt_token_ids), params, sampler, use_cache)
 
 
-def _check_prompt(prompt_token_ids: Sequence[int], config: ModelConfig) -> None:
+def check_prompt(prompt_token_ids: Sequence[int], config: ModelConfig) -> None:
+    """Raises PromptError for a prompt that is empty, fills the context or has an id outside the vocabulary."""
     if not prompt_token_ids:
         raise PromptError("the prompt must hold at least one token")
     if len(prompt_token_ids) >= config.max_seq_len:
@@ -133,7 +139,7 @@ def _tokens(
     model: CausalModel, prompt: list[int], params: SamplingParams, sampler: Sampler, use_cache: bool
 ) -> Iterator[GeneratedToken]:
     limit = min(params.max_tokens, model.config.max_seq_len - len(prompt))
-    ends = {*params.stop_token_ids, *(() if params.ignore_eos else sampler.eos_token_ids)}
+    ends = end_ids(params, sampler.eos_token_ids)
     batch = sampler.build_batch([SamplingRow(params, prompt)])
     cache = model.new_dense_cache(batch_size=1, max_len=len(prompt) + limit) if use_cache else None
     sequence, pending = list(prompt), list(prompt)
@@ -146,21 +152,28 @@ def _tokens(
         token_id = int(output.token_ids[0])
         pending = [token_id]
         sequence.append(token_id)
-        finish_reason = _finish_reason(token_id in ends, position + 1 == limit)
-        yield GeneratedToken(token_id, _token_logprobs(output, params), finish_reason)
+        finish_reason = finish_reason_of(token_id in ends, position + 1 == limit)
+        yield GeneratedToken(token_id, token_logprobs(output, 0, params), finish_reason)
         if finish_reason:
             return
 
 
-def _finish_reason(ended: bool, is_last: bool) -> FinishReason | None:
+def end_ids(params: SamplingParams, eos_token_ids: Sequence[int]) -> set[int]:
+    """The ids that end a sequence with these parameters."""
+    return {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
+
+
+def finish_reason_of(ended: bool, is_last: bool) -> FinishReason | None:
+    """Of a token: whether it `ended` the sequence, and whether it is the last for which there is room."""
     if ended:
         return "stop"
     return "length" if is_last else None
 
 
-def _token_logprobs(output: SamplerOutput, params: SamplingParams) -> TokenLogprobs | None:
+def token_logprobs(output: SamplerOutput, row: int, params: SamplingParams) -> TokenLogprobs | None:
+    """What row `row` of a batch asked for."""
     if output.logprobs is None or params.logprobs is None:
         return None
-    ids = output.logprobs.top_ids[0, : params.logprobs].tolist()
-    values = output.logprobs.top_logprobs[0, : params.logprobs].tolist()
-    return TokenLogprobs(float(output.logprobs.chosen[0]), tuple(zip(ids, values, strict=True)))
+    ids = output.logprobs.top_ids[row, : params.logprobs].tolist()
+    values = output.logprobs.top_logprobs[row, : params.logprobs].tolist()
+    return TokenLogprobs(float(output.logprobs.chosen[row]), tuple(zip(ids, values, strict=True)))
