@@ -7,9 +7,9 @@ files and manifest.json. Nothing in it is ever executed or unpickled.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -71,19 +71,37 @@ def load_model(
     """
     folder = Path(folder)
     config = load_config(folder)
+    state = read_state_dict(folder, config, dtype=dtype, verify=verify)
+    with without_weights():
+        model = Transformer(config)
+    model.load_state_dict({name: tensor.to(device) for name, tensor in state.items()}, assign=True)
+    return model.eval()
+
+
+def read_state_dict(
+    folder: Path, config: ModelConfig, *, dtype: torch.dtype | None, verify: bool, extra: Sequence[Entry] = ()
+) -> dict[str, Tensor]:
+    """The folder's weights under our names: those of `Transformer(config)` and of the `extra` entries.
+
+    Raises CheckpointError, before memory is taken for weights that do not fit the configuration.
+    """
     manifest = read_manifest(folder) if verify else None
     with ThreadPoolExecutor(max_workers=1) as pool:
         verified = None if manifest is None else pool.submit(_verify, folder, manifest)
         try:
-            state = _read_weights(folder, config, dtype)
+            state = _read_weights(folder, config, dtype, extra)
         except CheckpointError:
             _await(verified)  # a damaged file explains more than the damage found in it
             raise
         _await(verified)
+    return state
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Modules made here have shapes but no memory, until weights are assigned."""
     with _NoInitialisation(), torch.device("meta"):
-        model = Transformer(config)
-    model.load_state_dict({name: tensor.to(device) for name, tensor in state.items()}, assign=True)
-    return model.eval()
+        yield
 
 
 class _NoInitialisation(TorchFunctionMode):
@@ -109,12 +127,14 @@ def _await(verified: Future[None] | None) -> None:
         verified.result()
 
 
-def _read_weights(folder: Path, config: ModelConfig, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _read_weights(
+    folder: Path, config: ModelConfig, dtype: torch.dtype | None, extra: Sequence[Entry]
+) -> dict[str, Tensor]:
     """Our state dict, checked against the configuration before anything is allocated."""
     with ExitStack() as stack:
         weights = _WeightFiles(folder, stack)
         names = resolve_names(config, weights.described)
-        table = tensor_table(config)
+        table = [*tensor_table(config), *extra]
         described = {name: weights.described[file_name] for name, file_name in names.items()}
         try:
             check_tensors(config, table, described)
@@ -223,12 +243,32 @@ def save_state_dict(
     """
     exported = export_config(config, vocab_size)
     config_json = config_to_hf(exported, str(dtype).removeprefix("torch."))
+    files = {CONFIG_FILE: config_json, GENERATION_CONFIG_FILE: _generation_config(config_json)}
+    return write_checkpoint(
+        folder, files, lambda: dict(to_hf(config, exported, state, dtype)), tokenizer=tokenizer,
+        provenance=provenance, max_shard_bytes=max_shard_bytes,
+    )  # fmt: skip
+
+
+def write_checkpoint(
+    folder: str | Path,
+    files: Mapping[str, dict[str, object]],
+    tensors: Callable[[], dict[str, Tensor]],
+    *,
+    tokenizer: SavableTokenizer | None,
+    provenance: Provenance | None,
+    max_shard_bytes: int,
+) -> Manifest:
+    """A folder of JSON `files`, weights under their names in the file, the tokenizer and the manifest of them all.
+
+    It appears whole or not at all. Raises what `tensors` raises, and CheckpointError as `save_state_dict` does.
+    """
     written: list[Manifest] = []
 
     def write(target: Path) -> None:
-        _write_json(target / CONFIG_FILE, config_json)
-        _write_json(target / GENERATION_CONFIG_FILE, _generation_config(config_json))
-        _write_weights(target, dict(to_hf(config, exported, state, dtype)), max_shard_bytes)
+        for name, content in files.items():
+            _write_json(target / name, content)
+        _write_weights(target, tensors(), max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save(target)
         written.append(make_manifest(target, provenance))

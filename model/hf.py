@@ -65,6 +65,8 @@ _FAMILIES: dict[Architecture, _Family] = {
 # Constants that older versions saved beside the weights: causal masks and rotary frequencies.
 _BUFFERS = re.compile(r"\.(attn\.bias|attn\.masked_bias|rotary_emb\.inv_freq)$")
 _HEAD = "lm_head.weight"
+SCORE = "score.weight"
+"""The head of a classifier, in the file and in ours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +127,12 @@ def tensor_table(config: ModelConfig) -> list[Entry]:
     return [_entry(config, family, name, shape) for name, shape in parameter_shapes(config).items()]
 
 
+def score_entry(config: ModelConfig, num_labels: int) -> Entry:
+    """The head of a classifier, which is no part of `tensor_table`."""
+    shape = (num_labels, config.hidden_size)
+    return Entry(SCORE, shape, (Part(SCORE, shape, num_labels),), transposed=False)
+
+
 def _entry(config: ModelConfig, family: _Family, parameter: str, shape: Shape) -> Entry:
     module, _, kind = parameter.rpartition(".")
     if parameter == _HEAD:
@@ -157,7 +165,7 @@ def resolve_names(config: ModelConfig, file_names: Iterable[str]) -> dict[str, s
     names = [name for name in file_names if not _BUFFERS.search(name)]
     if any(name.startswith(prefix) for name in names):
         return {name: name for name in names}
-    return {name if name == _HEAD else prefix + name: name for name in names}
+    return {name if name in (_HEAD, SCORE) else prefix + name: name for name in names}
 
 
 def check_tensors(config: ModelConfig, table: list[Entry], found: Mapping[str, tuple[Shape, str]]) -> None:
@@ -239,13 +247,24 @@ def to_hf(
             ours = state[entry.parameter].detach()[: entry.shape[0]].to("cpu", dtype)
         else:
             ours = torch.zeros(entry.shape, dtype=dtype)
-        if not torch.isfinite(torch.stack(ours.aminmax())).all():
-            raise CheckpointError(f"{entry.parameter} holds values that are not finite; the model is not saved")
+        _require_finite(entry.parameter, ours)
         start = 0
         for part in entry.parts:
             rows = ours[start : start + part.rows]
             yield part.name, (rows.t() if entry.transposed else rows).contiguous()
             start += part.rows
+
+
+def score_to_hf(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A classifier's head for the file. Raises CheckpointError for NaN or infinity."""
+    weight = weight.detach().to("cpu", dtype).contiguous()
+    _require_finite(SCORE, weight)
+    return weight
+
+
+def _require_finite(name: str, tensor: Tensor) -> None:
+    if not torch.isfinite(torch.stack(tensor.aminmax())).all():
+        raise CheckpointError(f"{name} holds values that are not finite; the model is not saved")
 
 
 def _refuse_state(what: str, names: list[str]) -> None:

@@ -6,6 +6,7 @@ and defaults are those of transformers' configuration classes (versions 4 and 5)
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,11 @@ MODEL_CLASSES: dict[str, Architecture] = {
     "Qwen3ForCausalLM": "qwen3",
 }
 _CLASS_NAMES = {architecture: name for name, architecture in MODEL_CLASSES.items()}
+# The same transformers with a head for labels; `model.classifier_config` reads them.
+CLASSIFIER_CLASSES: dict[str, Architecture] = {
+    re.sub("LMHeadModel|ForCausalLM", "ForSequenceClassification", name): architecture
+    for name, architecture in MODEL_CLASSES.items()
+}
 
 _GELU_TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python_tanh")
 _ACTIVATIONS: dict[str, Activation] = {
@@ -99,6 +105,8 @@ def _architecture(fields: JsonFields) -> Architecture:
     names = fields.value("architectures")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         fields.fail("architectures", f"must name one of {', '.join(MODEL_CLASSES)}")
+    if names[0] in CLASSIFIER_CLASSES:
+        fields.fail("architectures", f"names {names[0]}, which labels texts and writes none; give a language model")
     if names[0] not in MODEL_CLASSES:
         fields.fail("architectures", f"must name one of {', '.join(MODEL_CLASSES)}")
     architecture = MODEL_CLASSES[names[0]]
