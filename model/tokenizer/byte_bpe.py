@@ -16,10 +16,8 @@ from typing import TypeGuard
 
 from model.errors import TokenizerError
 from model.tokenizer.files import END_OF_TEXT, as_dict, special_token_entry, tokenizer_document
-
-# GPT-2's split into words: contractions, letters, digits, other symbols, white space. The same language as the
-# pattern of the original release, written with possessive quantifiers so that no input makes it backtrack.
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+from model.tokenizer.normalizer import NO_NORMALIZER, Normalizer, read_normalizer
+from model.tokenizer.word_patterns import GPT2_PATTERN, byte_level, byte_level_words, read_byte_level_words
 
 _GPT2_RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 _GPT2_MERGES_SHA256 = "799bad94dfb8121611c4ac25d4615f2a768e2c04dbf564cba0779021a5116fc2"
@@ -29,11 +27,16 @@ _MAX_ID = 2**31 - 1
 
 @dataclass(frozen=True, slots=True)
 class ByteBpe:
-    """`ranks` holds every mergeable token; `special_tokens` are control tokens that text never produces."""
+    """`ranks` holds every mergeable token; `special_tokens` are control tokens that text never produces.
+
+    Text is normalised, then divided into words by `pattern`, one of `word_patterns`.
+    """
 
     ranks: dict[bytes, int]
     special_tokens: dict[str, int]
     is_gpt2: bool = False
+    pattern: str = GPT2_PATTERN
+    normalizer: Normalizer = NO_NORMALIZER
 
 
 def _make_alphabet() -> str:
@@ -104,9 +107,10 @@ def byte_bpe_document(bpe: ByteBpe) -> dict[str, object]:
             merges.append([spell_bytes(pair[0]), spell_bytes(pair[1])])
     return tokenizer_document(
         model=byte_bpe_model({spell_bytes(token): bpe.ranks[token] for token in tokens}, merges),
-        pre_tokenizer=byte_level(use_regex=True),
+        pre_tokenizer=byte_level_words(bpe.pattern),
         decoder=byte_level(use_regex=True),
         added_tokens=[special_token_entry(content, i) for content, i in bpe.special_tokens.items()],
+        normalizer=bpe.normalizer.document(),
     )
 
 
@@ -125,10 +129,6 @@ def byte_bpe_model(vocab: dict[str, int], merges: list[list[str]]) -> dict[str, 
     }
 
 
-def byte_level(*, use_regex: bool) -> dict[str, object]:
-    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
-
-
 def byte_bpe_from_document(document: dict[str, object]) -> ByteBpe | None:
     """The ranks of a GPT-2-style tokenizer.json if tiktoken provably gives the same ids for every text, else None.
 
@@ -138,7 +138,9 @@ def byte_bpe_from_document(document: dict[str, object]) -> ByteBpe | None:
     merges within a span are the same as for the span alone, so no other pair ever comes to stand there.
     """
     model = as_dict(document.get("model"))
-    if not _is_plain_byte_level(document, model):
+    pattern = read_byte_level_words(document.get("pre_tokenizer"))
+    normalizer = read_normalizer(document.get("normalizer"))
+    if pattern is None or normalizer is None or not _is_plain_byte_level(document, model):
         return None
     special_tokens = _special_tokens(document.get("added_tokens"))
     vocab = as_dict(model.get("vocab"))
@@ -156,12 +158,11 @@ def byte_bpe_from_document(document: dict[str, object]) -> ByteBpe | None:
     is_gpt2 = _digest(merges) == _GPT2_MERGES_SHA256
     if not is_gpt2 and any(split_pair(token, ranks) != pair for token, pair in zip(merged, merges, strict=True)):
         return None
-    return ByteBpe(ranks, special_tokens, is_gpt2)
+    return ByteBpe(ranks, special_tokens, is_gpt2, pattern, normalizer)
 
 
 def _is_plain_byte_level(document: dict[str, object], model: dict[str, object]) -> bool:
-    """Whether every part but the vocabulary is as GPT-2 has it (parts that change no ids and no text are free)."""
-    splitter = as_dict(document.get("pre_tokenizer"))
+    """Whether what merges and decodes is as GPT-2 has it (parts that change no ids and no text are free)."""
     post_processor = document.get("post_processor")
     return (
         model.get("type") == "BPE"
@@ -170,10 +171,6 @@ def _is_plain_byte_level(document: dict[str, object], model: dict[str, object]) 
         and not model.get("continuing_subword_prefix")
         and not model.get("end_of_word_suffix")
         and not model.get("byte_fallback")
-        and document.get("normalizer") is None
-        and splitter.get("type") == "ByteLevel"
-        and splitter.get("add_prefix_space") is False
-        and splitter.get("use_regex", True) is True
         and (post_processor is None or as_dict(post_processor).get("type") == "ByteLevel")
         and as_dict(document.get("decoder")).get("type") == "ByteLevel"
     )

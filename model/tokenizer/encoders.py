@@ -9,21 +9,15 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 from model.errors import TokenizerError
-from model.tokenizer.byte_bpe import (
-    BYTE_ALPHABET,
-    GPT2_PATTERN,
-    ByteBpe,
-    byte_bpe_document,
-    byte_bpe_model,
-    byte_level,
-)
+from model.tokenizer.byte_bpe import BYTE_ALPHABET, ByteBpe, byte_bpe_document, byte_bpe_model
 from model.tokenizer.files import as_dict, special_token_entry, to_json_bytes, tokenizer_document
+from model.tokenizer.word_patterns import byte_level, split_at
 
 if TYPE_CHECKING:
     import tokenizers
@@ -34,6 +28,10 @@ _BATCH_THREADS = min(8, os.cpu_count() or 1)
 
 class Encoder(Protocol):
     """What turns text into ids. Text holds no lone surrogates."""
+
+    def normalize(self, text: str) -> str:
+        """The text as it is before it becomes ids."""
+        ...
 
     def encode(self, text: str, add_special: bool) -> list[int]: ...
 
@@ -53,34 +51,57 @@ class Encoder(Protocol):
 
 
 class TiktokenEncoder:
-    """Byte-level BPE with GPT-2's split into words."""
+    """Byte-level BPE, after a normalisation and a division into words that `tokenizers` has too."""
 
     def __init__(self, bpe: ByteBpe) -> None:
         import tiktoken
 
         self._bpe = bpe
         self._encoding = tiktoken.Encoding(
-            "byte_bpe", pat_str=GPT2_PATTERN, mergeable_ranks=bpe.ranks, special_tokens=bpe.special_tokens
+            "byte_bpe", pat_str=bpe.pattern, mergeable_ranks=bpe.ranks, special_tokens=bpe.special_tokens
         )
 
+    def normalize(self, text: str) -> str:
+        return self._bpe.normalizer(text)
+
     def encode(self, text: str, add_special: bool) -> list[int]:
-        return self._encoding.encode_ordinary(text)
+        return self._encoding.encode_ordinary(self._bpe.normalizer(text))
 
     def encode_batch(self, texts: Sequence[str], add_special: bool) -> list[list[int]]:
         if len(texts) < 2:
-            return [self._encoding.encode_ordinary(text) for text in texts]
-        return self._encoding.encode_ordinary_batch(list(texts), num_threads=_BATCH_THREADS)
+            return [self.encode(text, add_special) for text in texts]
+        texts = [self._bpe.normalizer(text) for text in texts]
+        return self._encoding.encode_ordinary_batch(texts, num_threads=_BATCH_THREADS)
 
     def encode_template(self, text: str) -> list[int]:
-        return self._encoding.encode(text, allowed_special="all")
+        return _encode_around(self._bpe.special_tokens, text, lambda part: self.encode(part, False))
 
     def document(self) -> dict[str, object]:
         return byte_bpe_document(self._bpe)
 
     def canonical(self) -> bytes:
-        ranks = sorted((i, token.hex()) for token, i in self._bpe.ranks.items())
-        special = sorted(self._bpe.special_tokens.items())
-        return to_json_bytes({"kind": "byte_bpe", "pattern": GPT2_PATTERN, "ranks": ranks, "special": special})
+        bpe = self._bpe
+        ranks = sorted((i, token.hex()) for token, i in bpe.ranks.items())
+        content = {
+            "kind": "byte_bpe",
+            "pattern": bpe.pattern,
+            "ranks": ranks,
+            "special": sorted(bpe.special_tokens.items()),
+        }
+        if bpe.normalizer.steps:
+            content["normalizer"] = bpe.normalizer.steps
+        return to_json_bytes(content)
+
+
+def _encode_around(special_tokens: Mapping[str, int], text: str, encode: Callable[[str], list[int]]) -> list[int]:
+    """The ids of a text in which special tokens become theirs, the longest where several begin at one place."""
+    if not special_tokens:
+        return encode(text)
+    longest_first = sorted(special_tokens, key=len, reverse=True)
+    # With the group in the pattern the tokens stand between the parts, at the odd places.
+    parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
+    ids = [[special_tokens[part]] if place % 2 else encode(part) for place, part in enumerate(parts)]
+    return [i for each in ids for i in each]
 
 
 class _UnitEncoder(ABC):
@@ -94,19 +115,14 @@ class _UnitEncoder(ABC):
     @abstractmethod
     def document(self) -> dict[str, object]: ...
 
+    def normalize(self, text: str) -> str:
+        return text
+
     def encode_batch(self, texts: Sequence[str], add_special: bool) -> list[list[int]]:
         return [self.encode(text, add_special) for text in texts]
 
     def encode_template(self, text: str) -> list[int]:
-        if not self.special_tokens:
-            return self.encode(text, False)
-        longest_first = sorted(self.special_tokens, key=len, reverse=True)
-        # With the group in the pattern the tokens stand between the parts, at the odd places.
-        parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
-        ids = [
-            [self.special_tokens[part]] if place % 2 else self.encode(part, False) for place, part in enumerate(parts)
-        ]
-        return [i for each in ids for i in each]
+        return _encode_around(self.special_tokens, text, lambda part: self.encode(part, False))
 
     def canonical(self) -> bytes:
         return to_json_bytes(self.document())
@@ -158,6 +174,11 @@ class LibraryEncoder:
         self._encode_error = f"{name} cannot encode this text; its vocabulary lacks part of it"
         self.tokenizer = self._load()
         self.tokenizer.encode_special_tokens = True  # special tokens in a user's text are text
+
+    def normalize(self, text: str) -> str:
+        normalizer = self.tokenizer.normalizer
+        with _library_errors(self._encode_error):
+            return text if normalizer is None else normalizer.normalize_str(text)
 
     def encode(self, text: str, add_special: bool) -> list[int]:
         with _library_errors(self._encode_error):
@@ -221,12 +242,7 @@ def characters_document(ids: Mapping[str, int], special_tokens: Mapping[str, int
     """Characters as a vocabulary of words, each one character long; an unknown one is an error there too."""
     return tokenizer_document(
         model={"type": "WordLevel", "vocab": dict(ids), "unk_token": "<|unknown|>"},
-        pre_tokenizer={
-            "type": "Split",
-            "pattern": {"Regex": r"[\s\S]"},
-            "behavior": "Isolated",
-            "invert": False,
-        },
+        pre_tokenizer=split_at(r"[\s\S]"),
         decoder={"type": "Fuse"},
         added_tokens=[special_token_entry(content, i) for content, i in special_tokens.items()],
     )

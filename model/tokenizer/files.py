@@ -16,6 +16,8 @@ from model.errors import TokenizerError
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
+# In tokenizer_config.json, of a vocabulary for which tiktoken and `tokenizers` were seen to differ.
+ENCODER_KEY, LIBRARY_ENCODER = "encoder", "tokenizers"
 _SPECIAL_MAP_FILE = "special_tokens_map.json"
 _COMPANIONS = (CONFIG_FILE, _SPECIAL_MAP_FILE, "chat_template.jinja", "controls.json")
 _MAX_BYTES = 128 * 2**20  # the largest published vocabularies take some 35 MB
@@ -25,7 +27,10 @@ _EOS_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 
 @dataclass(frozen=True, slots=True)
 class TokenizerFiles:
-    """A tokenizer.json with its companions. `raw` holds each file as it was read, by name."""
+    """A tokenizer.json with its companions. `raw` holds each file as it was read, by name.
+
+    `needs_library`: tokenizer_config.json says that only `tokenizers` gives the ids that were meant.
+    """
 
     name: str
     raw: Mapping[str, bytes]
@@ -33,6 +38,7 @@ class TokenizerFiles:
     special_tokens: dict[str, int]
     bos_token: str | None
     eos_token: str | None
+    needs_library: bool
 
 
 def read_tokenizer_files(path: Path) -> TokenizerFiles:
@@ -55,6 +61,7 @@ def read_tokenizer_files(path: Path) -> TokenizerFiles:
         special_tokens=special_tokens,
         bos_token=_named_token("bos_token", named, special_tokens, _BOS_NAMES),
         eos_token=_named_token("eos_token", named, special_tokens, _EOS_NAMES),
+        needs_library=named.get(ENCODER_KEY) == LIBRARY_ENCODER,
     )
 
 
@@ -68,27 +75,30 @@ def to_json_bytes(value: object) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def config_bytes(bos_token: str | None, eos_token: str | None) -> bytes:
+def config_bytes(
+    bos_token: str | None, eos_token: str | None, unk_token: str | None = None, *, needs_library: bool = False
+) -> bytes:
     """A tokenizer_config.json that lets transformers run the tokenizer.json as it stands."""
-    tokens = {"bos_token": bos_token, "eos_token": eos_token}
+    tokens = {"bos_token": bos_token, "eos_token": eos_token, "unk_token": unk_token}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         **{key: token for key, token in tokens.items() if token is not None},
+        **({ENCODER_KEY: LIBRARY_ENCODER} if needs_library else {}),
     }
     return (json.dumps(config, ensure_ascii=False, indent=2) + "\n").encode()
 
 
 def tokenizer_document(
     *, model: dict[str, object], pre_tokenizer: dict[str, object], decoder: dict[str, object],
-    added_tokens: list[dict[str, object]],
+    added_tokens: list[dict[str, object]], normalizer: dict[str, object] | None = None,
 ) -> dict[str, object]:  # fmt: skip
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": added_tokens,
-        "normalizer": None,
+        "normalizer": normalizer,
         "pre_tokenizer": pre_tokenizer,
         "post_processor": None,
         "decoder": decoder,

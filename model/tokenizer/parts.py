@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 TokenizerKind = Literal["byte_bpe", "bytes", "characters", "library"]
 
+# At any place; before a space or line end that something visible follows; nowhere.
+TextCut = Literal["anywhere", "words", "never"]
+
 _log = logging.getLogger(__name__)
 
 # Letters, contractions, digits, runs of spaces, characters of two to four bytes, and text like special tokens.
@@ -41,7 +44,8 @@ PROBES = (
 class TokenizerParts:
     """`window` is set where only the library can decode. `files` are those the tokenizer was read from, by name.
 
-    `bos_token` and `eos_token` are the texts of special tokens.
+    `bos_token` and `eos_token` are the texts of special tokens. `unk_token_id` stands for what the vocabulary lacks.
+    `cut` says where a text may be cut so that its parts have the ids of the whole.
     """
 
     kind: TokenizerKind
@@ -50,6 +54,8 @@ class TokenizerParts:
     special_tokens: Mapping[str, int]
     bos_token: str | None = None
     eos_token: str | None = None
+    unk_token_id: int | None = None
+    cut: TextCut = "never"
     files: Mapping[str, bytes] | None = None
     window: tokenizers.Tokenizer | None = None
 
@@ -61,14 +67,14 @@ def gpt2_parts() -> TokenizerParts:
 def bytes_parts(special_tokens: Mapping[str, int]) -> TokenizerParts:
     pieces = same_everywhere({byte: bytes([byte]) for byte in range(256)}, special_tokens.values())
     token = next(iter(special_tokens), None)
-    return TokenizerParts("bytes", BytesEncoder(special_tokens), pieces, special_tokens, token, token)
+    return TokenizerParts("bytes", BytesEncoder(special_tokens), pieces, special_tokens, token, token, cut="anywhere")
 
 
 def character_parts(ids: Mapping[str, int], special_tokens: Mapping[str, int]) -> TokenizerParts:
     pieces = same_everywhere({i: char.encode() for char, i in ids.items()}, special_tokens.values())
     token = next(iter(special_tokens), None)
     encoder = CharacterEncoder(ids, special_tokens)
-    return TokenizerParts("characters", encoder, pieces, special_tokens, token, token)
+    return TokenizerParts("characters", encoder, pieces, special_tokens, token, token, cut="anywhere")
 
 
 def parts_from_files(files: TokenizerFiles) -> TokenizerParts:
@@ -84,7 +90,8 @@ def parts_from_files(files: TokenizerFiles) -> TokenizerParts:
 
 def _byte_bpe_parts(bpe: ByteBpe) -> TokenizerParts:
     pieces = same_everywhere({i: token for token, i in bpe.ranks.items()}, bpe.special_tokens.values())
-    return TokenizerParts("byte_bpe", TiktokenEncoder(bpe), pieces, bpe.special_tokens)
+    cut: TextCut = "words" if bpe.normalizer.is_compatible else "never"
+    return TokenizerParts("byte_bpe", TiktokenEncoder(bpe), pieces, bpe.special_tokens, cut=cut)
 
 
 def _unit_parts(files: TokenizerFiles) -> TokenizerParts | None:
@@ -106,7 +113,7 @@ def _is_same(left: dict[str, object], right: dict[str, object]) -> bool:
 
 
 def _tiktoken_parts(files: TokenizerFiles) -> TokenizerParts | None:
-    bpe = byte_bpe_from_document(files.document)
+    bpe = None if files.needs_library else byte_bpe_from_document(files.document)
     if bpe is None:
         return None
     parts = _byte_bpe_parts(bpe)
@@ -131,10 +138,20 @@ def _library_parts(files: TokenizerFiles) -> TokenizerParts:
     special_ids = frozenset(special_tokens.values())
     words = {i: token for token, i in vocab.items() if i not in special_ids}
     pieces = local_pieces(files.document.get("decoder"), encoder.tokenizer, words, special_ids)
-    if pieces is not None:
-        return TokenizerParts("library", encoder, pieces, special_tokens)
-    raw = same_everywhere({i: token.encode() for i, token in words.items()}, special_ids)
-    return TokenizerParts("library", encoder, raw, special_tokens, window=encoder.tokenizer)
+    window = None
+    if pieces is None:
+        pieces = same_everywhere({i: token.encode() for i, token in words.items()}, special_ids)
+        window = encoder.tokenizer
+    unk_token_id = _unknown_id(as_dict(files.document.get("model")), vocab)
+    return TokenizerParts("library", encoder, pieces, special_tokens, unk_token_id=unk_token_id, window=window)
+
+
+def _unknown_id(model: dict[str, object], vocab: Mapping[str, int]) -> int | None:
+    """WordPiece, WordLevel and BPE name the token, Unigram its id."""
+    token, token_id = model.get("unk_token"), model.get("unk_id")
+    if isinstance(token, str):
+        return vocab.get(token)
+    return token_id if type(token_id) is int else None
 
 
 def _known(key: str, token: str | None, special_tokens: Mapping[str, int]) -> str | None:

@@ -7,7 +7,7 @@ Those are turned into tables here. Free of torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import tokenizers
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+_PREFIX = re.compile(r"\^([#@_]+)")  # of signs that mean themselves in a regular expression
 
 Words = Mapping[int, str]  # the text tokens of a vocabulary by id, as the vocabulary writes them
 
@@ -113,23 +115,23 @@ def _word_end_pieces(suffix: object, words: Words, special: frozenset[int]) -> T
 
 
 def _fused_pieces(steps: list[dict[str, object]], words: Words, special: frozenset[int]) -> TokenPieces | None:
-    """Llama's chain: replacements within a token, byte tokens, all joined, then spaces stripped off the start."""
+    """Llama's chain, and that of word pieces: replacements within a token, byte tokens, all joined, then spaces
+    stripped off the start."""
     rest = list(steps)
     replacements = []
     while rest and rest[0].get("type") == "Replace":
-        step = rest.pop(0)
-        pattern, content = as_dict(step.get("pattern")).get("String"), step.get("content")
-        if not (isinstance(pattern, str) and pattern and isinstance(content, str)):
+        replacement = _replacement(rest.pop(0))
+        if replacement is None:
             return None
-        replacements.append((pattern, content))
+        replacements.append(replacement)
     has_byte_tokens = bool(rest) and rest[0].get("type") == "ByteFallback"
     kinds = [step.get("type") for step in rest[has_byte_tokens:]]
     if kinds not in (["Fuse"], ["Fuse", "Strip"]):
         return None
 
     def piece(token: str) -> bytes:
-        for pattern, content in replacements:
-            token = token.replace(pattern, content)
+        for replace in replacements:
+            token = replace(token)
         byte = _BYTE_TOKEN.fullmatch(token) if has_byte_tokens else None
         return bytes([int(byte[1], 16)]) if byte else token.encode()
 
@@ -140,3 +142,17 @@ def _fused_pieces(steps: list[dict[str, object]], words: Words, special: frozens
     if not (isinstance(content, str) and len(content.encode()) == 1 and isinstance(start, int) and stop == 0):
         return None
     return TokenPieces(later, special, strip=content.encode(), strip_count=start)
+
+
+def _replacement(step: dict[str, object]) -> Callable[[str], str] | None:
+    """What a Replace step does to a token: everywhere a plain string, or a plain prefix of it (`^##`)."""
+    pattern, content = as_dict(step.get("pattern")), step.get("content")
+    plain, regex = pattern.get("String"), pattern.get("Regex")
+    if not isinstance(content, str):
+        return None
+    if isinstance(plain, str) and plain:
+        return lambda token: token.replace(plain, content)
+    prefix = _PREFIX.fullmatch(regex) if isinstance(regex, str) else None
+    if prefix is None:
+        return None
+    return lambda token: content + token.removeprefix(prefix[1]) if token.startswith(prefix[1]) else token

@@ -28,6 +28,7 @@ from model.tokenizer.files import (
 )
 from model.tokenizer.parts import (
     PROBES,
+    TextCut,
     TokenizerKind,
     TokenizerParts,
     bytes_parts,
@@ -103,10 +104,26 @@ class Tokenizer:
     def eos_token_id(self) -> int | None:
         return self._id_of(self._parts.eos_token)
 
+    @property
+    def unk_token_id(self) -> int | None:
+        """The token for what the vocabulary lacks; None where there is none."""
+        return self._parts.unk_token_id
+
+    @property
+    def cut(self) -> TextCut:
+        """Where a text may be cut so that the parts, encoded one by one, have the ids of the whole: "anywhere", before
+        the last space or line end of "words" that something visible follows, or "never"."""
+        return self._parts.cut
+
     @cached_property
     def digest(self) -> str:
         """SHA-256, in hex, of what decides text and ids: equal for a tokenizer and its saved copy."""
         return hashlib.sha256(self.kind.encode() + b"\0" + self._parts.encoder.canonical()).hexdigest()
+
+    def normalize(self, text: str) -> str:
+        """The text as the tokenizer's normaliser leaves it, which is what its ids stand for."""
+        _require_unicode(text)
+        return self._parts.encoder.normalize(text)
 
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
         """The ids of a text, in which special tokens are plain text.
@@ -183,7 +200,7 @@ class Tokenizer:
                 raise TokenizerError(
                     f"{TOKENIZER_FILE} gives ids that its vocabulary lacks; restore it from its source"
                 )
-            if self.kind != "library" and self.decode(ids) != probe:
+            if self.kind != "library" and self.decode(ids) != self.normalize(probe):
                 raise TokenizerError(f"{TOKENIZER_FILE} does not give text back as it was; restore that file")
 
     def _id_of(self, token: str | None) -> int | None:

@@ -295,7 +295,8 @@ def replaced(document, path, value):
     [
         (("pre_tokenizer", "add_prefix_space"), True),
         (("pre_tokenizer", "use_regex"), False),
-        (("normalizer",), {"type": "NFC"}),
+        (("normalizer",), {"type": "StripAccents"}),
+        (("normalizer",), {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "StripAccents"}]}),
         (("added_tokens", 0, "special"), False),
         (("added_tokens", 0, "rstrip"), True),
         (("model", "unk_token"), EOT),
