@@ -16,6 +16,7 @@ from training.commands.export import export
 from training.commands.generate import generate_command
 from training.commands.import_model import import_command
 from training.commands.info import info
+from training.commands.latency import latency_command
 from training.commands.prepare import prepare_command
 from training.commands.recipe import recipe_command
 from training.commands.report import report_command
@@ -30,6 +31,7 @@ app.command("info")(info)
 app.command("recipe")(recipe_command)
 app.command("train", epilog=EPILOG)(train)
 app.command("evaluate")(evaluate)
+app.command("latency")(latency_command)
 app.command("generate")(generate_command)
 app.command("report")(report_command)
 app.command("import")(import_command)

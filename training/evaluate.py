@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -29,6 +29,8 @@ from training.build import resolve_device
 from training.data.dataset import open_folder
 from training.distributed import Distributed
 from training.errors import DataError, RecipeError
+from training.evaluation.progress import OnProgress, silent
+from training.evaluation.text import encode_files
 from training.loss import summed_cross_entropy
 
 
@@ -40,21 +42,6 @@ class Tokens(Protocol):
     @property
     def num_bytes(self) -> int: ...
     def read(self, start: int, length: int) -> npt.NDArray[np.int64]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class TextTokens:
-    """An encoded text as `Tokens`."""
-
-    ids: npt.NDArray[np.int64]
-    num_bytes: int
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.ids)
-
-    def read(self, start: int, length: int) -> npt.NDArray[np.int64]:
-        return self.ids[start : start + length]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +59,16 @@ class Evaluation:
     @property
     def bits_per_byte(self) -> float:
         return self.loss / self.bytes_per_token / math.log(2)
+
+    def values(self) -> dict[str, float | int | None]:
+        """For JSON, which has no infinity."""
+        perplexity = self.perplexity if math.isfinite(self.perplexity) else None
+        return {
+            "loss": self.loss,
+            "perplexity": perplexity,
+            "bits_per_byte": self.bits_per_byte,
+            "tokens": self.tokens,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +90,7 @@ def evaluate_loss(
     batch_size: int = 16,
     max_tokens: int = 0,
     autocast: torch.dtype | None = None,
+    on_progress: OnProgress = silent,
 ) -> Evaluation:
     """One deterministic pass; the model's mode is restored. `max_tokens` > 0 stops after that many predictions.
 
@@ -110,7 +108,7 @@ def evaluate_loss(
     model.eval()
     result = evaluate_windows(
         summed_loss, tokens, Distributed(model.device), seq_len=seq_len, stride=stride, batch_size=batch_size,
-        max_tokens=max_tokens,
+        max_tokens=max_tokens, on_progress=on_progress,
     )  # fmt: skip
     model.train(was_training)
     return result
@@ -125,6 +123,7 @@ def evaluate_windows(
     stride: int | None = None,
     batch_size: int = 16,
     max_tokens: int = 0,
+    on_progress: OnProgress = silent,
 ) -> Evaluation:
     """The mean of `summed_loss(inputs, targets, skip)` over all windows, which the ranks share out. Collective.
 
@@ -137,6 +136,7 @@ def evaluate_windows(
     counted = min(predictions, max_tokens) if max_tokens else predictions
     batches = _batches(_windows(counted, seq_len, stride or seq_len), batch_size)
     total = torch.zeros((), dtype=torch.float64, device=distributed.device)
+    done = 0
     while batches_of_round := list(islice(batches, distributed.world_size)):
         is_mine = distributed.rank < len(batches_of_round)
         batch = batches_of_round[distributed.rank if is_mine else 0]
@@ -144,6 +144,8 @@ def evaluate_windows(
         loss = summed_loss(block[:, :-1], block[:, 1:], batch[0].skip)
         if is_mine:
             total += loss
+        done += sum(window.length - window.skip for each in batches_of_round for window in each)
+        on_progress("predicting tokens", done, counted)
     return Evaluation(distributed.sum(total).item() / counted, counted, tokens.num_bytes / tokens.num_tokens)
 
 
@@ -152,49 +154,79 @@ def evaluate_checkpoint(
     *,
     data: Path | None = None,
     split: str = "val",
-    text: Path | None = None,
+    text: Path | Sequence[Path] | None = None,
     seq_len: int | None = None,
     stride: int | None = None,
     batch_size: int = 16,
     device: str = "auto",
     dtype: torch.dtype = torch.float32,
 ) -> Evaluation:
-    """A saved checkpoint on a prepared split or on a UTF-8 text file. `seq_len` None is the model's context.
+    """A saved checkpoint on a prepared split or on text files. `seq_len` None is the model's context.
 
     Raises RecipeError, DataError, CheckpointError or TokenizerError.
     """
+    checkpoint = open_checkpoint(folder, device=device, dtype=dtype)
+    source = TextSource(data, split, (text,) if isinstance(text, Path) else tuple(text or ()))
+    return checkpoint.evaluate(source, seq_len=seq_len, stride=stride, batch_size=batch_size)
+
+
+@dataclass(frozen=True, slots=True)
+class TextSource:
+    """What is read: the split of a prepared folder or of raw token files, or text files one behind the other."""
+
+    data: Path | None = None
+    split: str = "val"
+    texts: Sequence[Path] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedCheckpoint:
+    """A saved model in eval mode and its tokenizer."""
+
+    folder: Path
+    model: Transformer
+    tokenizer: Tokenizer
+
+    def evaluate(
+        self,
+        source: TextSource,
+        *,
+        seq_len: int | None = None,
+        stride: int | None = None,
+        batch_size: int = 16,
+        on_progress: OnProgress = silent,
+    ) -> Evaluation:
+        """`seq_len` None is the model's context. Raises RecipeError for sizes that do not fit, and as `tokens` does."""
+        context = self.model.config.max_seq_len
+        seq_len = context if seq_len is None else seq_len
+        if not 1 <= seq_len <= context:
+            raise RecipeError(f"--seq-len is {seq_len} but the model's context is {context}")
+        if stride is not None and not 1 <= stride <= seq_len:
+            raise RecipeError(f"--stride is {stride} but must lie between 1 and {seq_len}")
+        return evaluate_loss(
+            self.model, self.tokens(source, on_progress), seq_len=seq_len, stride=stride, batch_size=batch_size,
+            on_progress=on_progress,
+        )  # fmt: skip
+
+    def tokens(self, source: TextSource, on_progress: OnProgress = silent) -> Tokens:
+        """Raises DataError for text or data that cannot be used, RecipeError unless one of both is named."""
+        if (source.data is None) == (not source.texts):
+            raise RecipeError("give either --data or --text")
+        if source.data is None:
+            return encode_files(source.texts, self.tokenizer, on_progress)
+        folder = str(self.folder.resolve())  # raw files do not say what they were encoded with
+        opened = open_folder(source.data, tokenizer=folder)
+        if opened.tokenizer.digest != self.tokenizer.digest:
+            raise DataError(
+                f"{source.data}: prepared with another tokenizer than {self.folder} uses; prepare it with this one"
+            )
+        return opened.open_split(source.split, verify=True)
+
+
+def open_checkpoint(folder: Path, *, device: str = "auto", dtype: torch.dtype = torch.float32) -> LoadedCheckpoint:
+    """Raises RecipeError for the device, ConfigError, CheckpointError or TokenizerError for the folder."""
     model = load_model(folder, dtype=dtype, device=resolve_device(device))
-    tokenizer = Tokenizer.load(folder)
-    seq_len = seq_len or model.config.max_seq_len
-    if not 1 <= seq_len <= model.config.max_seq_len:
-        raise RecipeError(f"--seq-len is {seq_len} but the model's context is {model.config.max_seq_len}")
-    if stride is not None and not 1 <= stride <= seq_len:
-        raise RecipeError(f"--stride is {stride} but must lie between 1 and {seq_len}")
-    tokens: Tokens
-    if data is not None and text is None:
-        source = open_folder(data, tokenizer=str(folder.resolve()))  # raw files do not say what they were encoded with
-        if source.tokenizer.digest != tokenizer.digest:
-            raise DataError(f"{data}: prepared with another tokenizer than {folder} uses; prepare it with this one")
-        tokens = source.open_split(split, verify=True)
-    elif text is not None and data is None:
-        tokens = encode_file(text, tokenizer)
-    else:
-        raise RecipeError("give either --data or --text")
-    return evaluate_loss(model, tokens, seq_len=seq_len, stride=stride, batch_size=batch_size)
-
-
-def encode_file(path: Path, tokenizer: Tokenizer) -> TextTokens:
-    """Raises DataError for a file that is missing, empty or not UTF-8."""
-    try:
-        content = path.read_bytes()
-        ids = tokenizer.encode(content.decode("utf-8"), add_special=False)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: not UTF-8 text; convert it first") from None
-    if not content:
-        raise DataError(f"{path}: the file is empty")
-    return TextTokens(np.array(ids, dtype=np.int64), len(content))
+    return LoadedCheckpoint(folder, model, Tokenizer.load(folder))
 
 
 def _windows(predictions: int, seq_len: int, stride: int) -> Iterator[_Window]:

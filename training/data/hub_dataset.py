@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from training.data.compressed import Meter
+from training.data.labels import row_labels
 from training.data.readers import Piece, ReadOptions, document_pieces, row_text
 from training.errors import DataError, RecipeError
 
@@ -38,18 +39,22 @@ class HubDataset:
         """One document a row, empty ones left out. Raises DataError for a dataset or field that is not there."""
         digest, self.num_bytes, number = hashlib.sha256(), 0, 0
         for batch in _open(self.origin, self.spec, self.streaming).iter(_ROWS_AT_A_TIME):
-            columns = {key: values for key, values in batch.items() if key in options.text_keys} or batch
+            columns = {key: values for key, values in batch.items() if key in options.keys} or batch
             for values in zip(*columns.values(), strict=True):
                 number += 1
-                text = row_text(
-                    dict(zip(columns, values, strict=True)), f"{self.origin}, row {number}", options.text_keys
-                )
-                data = text.encode()
+                row, place = dict(zip(columns, values, strict=True)), f"{self.origin}, row {number}"
+                text, labels = row_text(row, place, options.text_keys), row_labels(row, place, options.control_keys)
+                data = "".join([*(label.token for label in labels), text]).encode()
                 digest.update(b"%d:" % len(data) + data)
                 self.num_bytes += len(data)
                 meter.done += len(data)
-                yield from document_pieces(text, options.cut)
+                yield from document_pieces(text, options.cut, labels)
         self.sha256 = self.sha256 or digest.hexdigest()
+
+
+def dataset_rows(origin: str, spec: str) -> Iterator[dict[str, Any]]:
+    """The rows with all their columns. Raises RecipeError or DataError for a dataset that cannot be opened."""
+    yield from _open(origin, spec, streaming=True)
 
 
 def is_saved_dataset(folder: Path) -> bool:
