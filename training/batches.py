@@ -10,17 +10,20 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from training.data.loader import BatchSize
+
 Pair = tuple[Tensor, Tensor]
 
 
 class Sequences(Protocol):
-    """What `training.data.loader.TokenLoader` gives: sequences by their number in the run."""
+    """What the loaders of `training.data` give: sequences by their number in the run."""
 
     def batch(self, first: int, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]: ...
+    def size(self, first: int, count: int) -> BatchSize: ...
 
 
 class MicroBatches:
-    """Sequences as inputs and targets [B, T] on `device`.
+    """Sequences as inputs and targets [B, T] on `device`; targets are IGNORED (-100) where no loss counts.
 
     For a GPU the next batch is read and pinned on another thread meanwhile; on the CPU, whose cores are busy with the
     current one, nothing would be gained. A batch depends on its numbers alone, and what was fetched ahead is only
@@ -42,6 +45,10 @@ class MicroBatches:
         if self._pool is not None:
             self._ahead = (first + self._stride, self._pool.submit(self._fetch, first + self._stride))
         return inputs.to(self._device, non_blocking=True), targets.to(self._device, non_blocking=True)
+
+    def size(self, first: int, count: int) -> BatchSize:
+        """Tokens and counted targets of sequences number first … first + count − 1, without reading them."""
+        return self._loader.size(first, count)
 
     def close(self) -> None:
         if self._pool is not None:

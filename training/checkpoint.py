@@ -32,6 +32,7 @@ from model.manifest import file_sha256
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from training.errors import ResumeError
+from training.lora import merge_adapters
 from training.optim import load_optimizer_tensors
 
 STATE_FILE = "state.json"
@@ -67,13 +68,18 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Whole tensors on the CPU: `model.{parameter}`, and `optimizer.{parameter}.{moment}` where they are wanted."""
+    """Whole tensors on the CPU: `model.{parameter}`, and `optimizer.{parameter}.{moment}` where they are wanted.
+
+    `adapter_scale` is that of the adapters among the parameters.
+    """
 
     tensors: Mapping[str, Tensor]
+    adapter_scale: float = 0.0
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        return named(self.tensors, "model.")
+        """What the model computes with: adapters are added to their weights."""
+        return merge_adapters(named(self.tensors, "model."), self.adapter_scale)
 
 
 @dataclass(frozen=True, slots=True)

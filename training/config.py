@@ -34,9 +34,10 @@ class DataConfig:
 
     dir: str = _option("", "folder written by `python -m training prepare`, or one of nanoGPT's or llm.c's .bin files")
     tokenizer: str = _option("gpt2", "tokenizer of raw .bin files: gpt2, bytes, or a tokenizer.json or its folder")
-    loader: Literal["packed", "sliding"] = _option(
-        "packed", "packed: sequences lie side by side; sliding: each starts data.stride tokens after the last"
-    )
+    loader: Literal["packed", "sliding", "padded"] = _option(
+        "packed", "packed: sequences lie side by side; sliding: each starts data.stride tokens after the last. Of "
+        "examples, packed: as many to a sequence as fit; padded: one",
+    )  # fmt: skip
     stride: int = _option(
         0, "tokens between the starts of sliding sequences, at most train.seq_len; 0 = half of it", _COUNT
     )
@@ -119,6 +120,11 @@ class TrainSection:
     dtype: Literal["float32", "bfloat16", "float16"] = _option(
         "bfloat16", "type of products (autocast); weights stay float32, float16 scales the loss"
     )
+    lora_rank: int = _option(
+        0, "train low-rank adapters of this rank on the layers' matrices instead of the weights; 0 = all weights",
+        (0, 1 << 16),
+    )  # fmt: skip
+    lora_alpha: float = _option(16.0, "the adapters' products are scaled by lora_alpha / lora_rank", (1e-6, 1e6))
     tf32: bool = _option(True, "on CUDA, compute float32 products in TF32: faster, 10 bits of mantissa")
     compile: bool | None = _option(None, "run the model through torch.compile; not set = on CUDA only")
     activation_checkpointing: bool = _option(
@@ -128,6 +134,7 @@ class TrainSection:
     device: str = _option("auto", "auto, cpu, cuda or cuda:N; auto = CUDA where there is one")
     log_interval: int = _option(10, "steps between lines of the training loss", _POSITIVE)
     eval_interval: int = _option(250, "steps between validations", _POSITIVE)
+    eval_first: bool = _option(False, "validate before the first step too")
     eval_tokens: int = _option(1 << 20, "validation tokens read at most; 0 = the whole split", _COUNT)
     early_stopping: int = _option(0, "validations in a row without a new best that end the run; 0 = off", _COUNT)
     save_interval: int = _option(250, "steps between checkpoints, which a killed run goes on from", _POSITIVE)
@@ -170,6 +177,7 @@ class TrainConfig:
             if not low <= value <= high:
                 raise RecipeError(f"{key} is {value} but must lie between {low} and {high}")
         _check_lengths(self)
+        _check_adapters(self)
 
     @property
     def tokens_per_step(self) -> int:
@@ -197,3 +205,12 @@ def _check_lengths(config: TrainConfig) -> None:
         raise RecipeError(
             f"data.stride is {data.stride} but train.seq_len only {seq_len}: the tokens between would never be read"
         )
+
+
+def _check_adapters(config: TrainConfig) -> None:
+    if not config.train.lora_rank:
+        return
+    if config.model.init_from is None:
+        raise RecipeError("train.lora_rank is set but model.init_from is not: adapters need a trained model")
+    if config.train.optimizer == "muon":
+        raise RecipeError("train.lora_rank is set but train.optimizer is muon, which is not for adapters; use adamw")

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from training.data.examples import IGNORED
+
 # Logits that may exist at once on the CPU. 2^25 float32 values are 128 MiB; the backward pass needs about three times
 # that.
 MAX_LOGITS = 1 << 25
@@ -36,7 +38,7 @@ def summed_cross_entropy(
     z_loss: float = 0.0,
     limit: int | None = None,
 ) -> Tensor:
-    """Sum of -log p(target) in nats, a float32 scalar, for hidden [..., D] and targets [...].
+    """Sum of -log p(target) in nats, a float32 scalar, for hidden [..., D] and targets [...]; IGNORED ones add nothing.
 
     With `label_smoothing` e the target is 1 - e of itself and e spread evenly over all tokens (Szegedy et al. 2016).
     `z_loss` adds that multiple of log² Σ exp(logits) for each target, which keeps logits small (Chowdhery et al. 2022).
@@ -65,5 +67,5 @@ def _chunk_loss(
     logits = compute_logits(hidden).float()
     loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
     if z_loss:
-        loss = loss + z_loss * logits.logsumexp(-1).square().sum()
+        loss = loss + z_loss * logits.logsumexp(-1).square().masked_fill(targets == IGNORED, 0.0).sum()
     return loss

@@ -16,16 +16,17 @@ from rich.console import Console
 from model.config import ModelConfig
 from model.errors import TokenizerError
 from model.tokenizer import Tokenizer
-from training.batches import MicroBatches
+from model.transformer import Transformer
+from training.batches import MicroBatches, Sequences
 from training.build import DTYPES, make_model, make_model_config
 from training.checkpoint import CheckpointManager, FoundState, has_state, open_tensors, read_state
 from training.config import TrainConfig
 from training.data.dataset import Dataset, make_loader, open_dataset
-from training.data.loader import TokenLoader
 from training.distributed import Distributed, init_distributed
 from training.errors import RecipeError
 from training.generate import prompt_ids
 from training.launch import one_voice
+from training.lora import add_adapters
 from training.optim import build_optimizers
 from training.parallel import ParallelModel
 from training.progress import Progress
@@ -45,7 +46,7 @@ class Inputs:
 
     dataset: Dataset
     model_config: ModelConfig
-    loader: TokenLoader
+    loader: Sequences
 
 
 def run_training(config: TrainConfig, resume: Resume, console: Console) -> bool:
@@ -76,12 +77,18 @@ def run_on_rank(config: TrainConfig, resume: Resume, console: Console, distribut
         if distributed.is_main:
             write_config(run_dir, config)
         report = stack.enter_context(trainer.log.report)
-        count = sum(parameter.numel() for parameter in trainer.model.parameters())
+        count = _describe_size(trainer.model)
         where = f"{distributed.world_size} × {distributed.device}" if distributed.world_size > 1 else distributed.device
-        report.line(f"run {trainer.run_id}: {count:,} parameters on {where}, from step {trainer.progress.step}")
+        report.line(f"run {trainer.run_id}: {count} on {where}, from step {trainer.progress.step}")
         finished = trainer.run()
         report.line(f"{'finished' if finished else 'stopped and saved'} at step {trainer.progress.step}")
     return finished
+
+
+def _describe_size(model: Transformer) -> str:
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return f"{count:,} parameters" if trained == count else f"{count:,} parameters, of which {trained:,} are trained,"
 
 
 def open_inputs(config: TrainConfig, distributed: Distributed) -> Inputs:
@@ -163,6 +170,8 @@ def _make_stepper(config: TrainConfig, inputs: Inputs, found: FoundState | None,
     """Model and optimisers, with what was saved. Weights are loaded before FSDP splits them, moments after."""
     settings = config.train
     transformer = make_model(config, inputs.model_config)
+    if settings.lora_rank:
+        add_adapters(transformer, settings)
     saved = open_tensors(found.folder) if found is not None else None
     if saved is not None:
         saved.load_weights(transformer)

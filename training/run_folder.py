@@ -21,8 +21,8 @@ Resume = Literal["auto", "never"]
 # learn something else. Batch sizes are free because the data's position is counted in sequences.
 _FREE_KEYS = frozenset(
     {"data.dir", "data.verify", "train.device", "train.compile", "train.parallel", "train.activation_checkpointing",
-     "train.batch_size", "train.grad_accum_steps", "train.log_interval", "train.eval_interval", "train.eval_tokens",
-     "train.early_stopping", "train.max_skipped_steps", "train.save_interval", "train.max_steps", "run.dir",
+     "train.batch_size", "train.grad_accum_steps", "train.log_interval", "train.eval_interval", "train.eval_first",
+     "train.eval_tokens", "train.early_stopping", "train.max_skipped_steps", "train.save_interval", "train.max_steps", "run.dir",
      "run.save_dtype", "run.keep", "run.async_save", "run.tensorboard", "run.wandb", "run.sample_prompt",
      "run.sample_tokens"}
 )  # fmt: skip

@@ -18,7 +18,7 @@ from training.schedule import lr_factor
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """`loss` is the objective's mean over the step's tokens (nats), `grad_norm` the norm before clipping.
+    """`loss` is the objective's mean over the step's counted targets (nats), `grad_norm` the norm before clipping.
 
     `skipped`: one of the two was no number, so nothing was learnt. `stop`: a rank has been asked to stop.
     """
@@ -81,14 +81,16 @@ class Stepper:
     def _accumulate(self, sequences: int) -> Tensor:
         """Gradients of this rank's micro-batches. Returns their share of the step's mean loss, still on the device."""
         settings, ranks = self.settings, self.distributed.world_size
+        # Data-parallel wrappers average over the ranks, so each divides by the mean number of targets of a rank. All
+        # ranks can tell how many that are, for the data are a function of their numbers.
+        targets_per_rank = self.batches.size(sequences, self.sequences_per_step).targets / ranks
         total = torch.zeros((), device=self.distributed.device)
         for micro in range(settings.grad_accum_steps):
             first = sequences + (micro * ranks + self.distributed.rank) * settings.batch_size
             inputs, targets = self.batches.get(first)
             seed_dropout(settings.seed, first, self.distributed.device)
             with self.model.micro_step(micro == settings.grad_accum_steps - 1):
-                # Data-parallel wrappers average over the ranks, so each divides by its own tokens only.
-                loss = self.model.training_loss(inputs, targets) / (targets.numel() * settings.grad_accum_steps)
+                loss = self.model.training_loss(inputs, targets) / targets_per_rank
                 torch.autograd.backward(self.scaler.scale(loss))
             total += loss.detach()
         return total / ranks

@@ -21,8 +21,11 @@ from model.transformer import Transformer
 from training.build import DTYPES
 from training.checkpoint import CheckpointManager, RunState, Snapshot
 from training.config import TrainConfig
+from training.data.examples import ExampleSplit
 from training.errors import DivergedError
 from training.evaluate import Evaluation, Tokens, evaluate_windows
+from training.evaluate_examples import evaluate_examples
+from training.lora import adapter_scale
 from training.metrics import flops_per_token, peak_flops, peak_memory
 from training.optim import optimizer_tensors
 from training.progress import Progress, Stopwatch
@@ -69,6 +72,8 @@ class Trainer:
     def run(self) -> bool:
         """Trains until the last step, the early end, or until asked to stop, and saves. False for the last of these."""
         settings, progress = self.config.train, self.progress
+        if settings.eval_first and progress.step == 0 and self._validate():
+            self._save(best=True, whole=False)
         while progress.step < settings.max_steps and not self._ends_early():
             result = self.train_step()
             self._guard(result)
@@ -89,10 +94,11 @@ class Trainer:
 
     def train_step(self) -> StepResult:
         """The next step, on the stopwatch."""
-        progress, start = self.progress, time.perf_counter()
+        progress, start, count = self.progress, time.perf_counter(), self.stepper.sequences_per_step
+        tokens = self.stepper.batches.size(progress.sequences, count).tokens
         result = self.stepper.step(progress.step, progress.sequences, stop=self.should_stop())
-        progress.advance(self.stepper.sequences_per_step, skipped=result.skipped)
-        self._watch.add(time.perf_counter() - start, self.stepper.sequences_per_step * self.config.train.seq_len)
+        progress.advance(count, skipped=result.skipped)
+        self._watch.add(time.perf_counter() - start, tokens)
         self.log.report.advance()
         return result
 
@@ -119,7 +125,8 @@ class Trainer:
         """Validates, logs and shows a sample. True when no validation was better before."""
         settings, model = self.config.train, self.stepper.model
         with model.evaluating():
-            result = evaluate_windows(
+            evaluate = evaluate_examples if isinstance(self.validation, ExampleSplit) else evaluate_windows
+            result = evaluate(
                 model.validation_loss, self.validation, self.stepper.distributed, seq_len=settings.seq_len,
                 batch_size=settings.batch_size, max_tokens=settings.eval_tokens,
             )  # fmt: skip
@@ -164,8 +171,9 @@ class Trainer:
         self.log.report.training(self.progress.step, result.loss, self._learning_rate(), speed, self._mfu())
 
     def _learning_rate(self) -> float:
-        """Of the last step."""
-        return self.config.train.lr * lr_factor(self.progress.step - 1, self.config.train)
+        """Of the last step; before the first one, none."""
+        step, settings = self.progress.step, self.config.train
+        return settings.lr * lr_factor(step - 1, settings) if step else 0.0
 
     def _mfu(self) -> float | None:
         if self._peak_flops is None or self._watch.speed is None:
@@ -182,7 +190,7 @@ class Trainer:
             lr=self._learning_rate(),
             tokens_per_second=None if speed is None else round(speed, 1),
             mfu=None if mfu is None else round(mfu, 5),
-            tokens=self.progress.sequences * self.config.train.seq_len,
+            tokens=self.stepper.batches.size(0, self.progress.sequences).tokens,
             **more,
         )
 
@@ -235,7 +243,7 @@ class Trainer:
         if whole:
             moments = optimizer_tensors(self.stepper.optimizers, self.model)
             tensors |= {f"optimizer.{name}": tensor for name, tensor in moments.items()}
-        return Snapshot(self._snapshots.take(tensors))
+        return Snapshot(self._snapshots.take(tensors), adapter_scale(self.config.train))
 
     def _provenance(self) -> Provenance:
         """The validation figures are given only where they are those of this very step."""

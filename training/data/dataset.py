@@ -1,5 +1,7 @@
 """A folder of tokens, opened and checked: one that `prepare` wrote, or nanoGPT's or llm.c's files as they are.
 
+Splits of prepared examples are `ExampleSplit`s.
+
     dataset = open_dataset(config.data)
     dataset.train.num_tokens, dataset.tokenizer.vocab_size, dataset.digest
 
@@ -19,6 +21,8 @@ from model.errors import TokenizerError
 from model.manifest import file_sha256
 from model.tokenizer import Tokenizer
 from training.config import DataConfig
+from training.data.examples import ExampleRows, ExampleSplit, open_examples
+from training.data.examples_loader import ExampleLoader
 from training.data.loader import TokenLoader
 from training.data.named_tokenizer import named_tokenizer
 from training.data.raw_shards import RawShard, count_text_bytes, find_raw_splits, open_raw_shard
@@ -32,7 +36,7 @@ from training.data.shards import (
     tokens_digest,
 )
 from training.data.token_split import TokenSplit, check_ids, in_threads, map_tokens
-from training.errors import DataError
+from training.errors import DataError, RecipeError
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +84,15 @@ def open_folder(folder: Path, tokenizer: str = "gpt2") -> DataFolder:
     return PreparedFolder(folder, read_manifest(folder))
 
 
-def make_loader(dataset: Dataset, config: DataConfig, *, seq_len: int, seed: int) -> TokenLoader:
-    """The training split's sequences, packed or sliding as the recipe says."""
+def make_loader(dataset: Dataset, config: DataConfig, *, seq_len: int, seed: int) -> TokenLoader | ExampleLoader:
+    """The training split's sequences, cut or put together as the recipe says. Raises RecipeError if they cannot be."""
+    if isinstance(dataset.train, ExampleSplit):
+        if config.loader == "sliding":
+            raise RecipeError("data.loader is sliding but the data are examples; set data.loader=padded or packed")
+        rows = ExampleRows(dataset.train, seq_len, packing=config.loader == "packed", seed=seed)
+        return ExampleLoader(rows, seed)
+    if config.loader == "padded":
+        raise RecipeError("data.loader is padded but the data are no examples; set data.loader=packed")
     if config.loader == "packed":
         return TokenLoader(dataset.train, seq_len, seed)
     return TokenLoader(dataset.train, seq_len, seed, config.stride or max(1, seq_len // 2))
@@ -122,7 +133,8 @@ class PreparedFolder:
             raise DataError(f"{self.folder}: the {name} shards do not add up to the manifest's {info.tokens} tokens")
         if verify:
             in_threads(self._verify_shard, list(zip(info.shards, shards, strict=True)))
-        return TokenSplit(name, shards, lambda: info.bytes)
+        tokens = TokenSplit(name, shards, lambda: info.bytes)
+        return tokens if info.examples is None else open_examples(self.folder, tokens, info.examples)
 
     def _open_shard(self, shard: ShardInfo) -> npt.NDArray[Any]:
         path = self.folder / shard.file

@@ -13,6 +13,7 @@ at the same places. Sliding windows start every `stride` tokens and overlap. Fre
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,13 @@ from training.errors import DataError
 _MASK64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _FEISTEL_ROUNDS = 4
+
+
+class BatchSize(NamedTuple):
+    """Tokens that are read, and targets whose loss counts."""
+
+    tokens: int
+    targets: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +68,10 @@ class TokenLoader:
             tokens = self.split.read(self.window_start(first + row), self.seq_len + 1)
             inputs[row], targets[row] = tokens[:-1], tokens[1:]
         return inputs, targets
+
+    def size(self, first: int, count: int) -> BatchSize:
+        """Of the run's sequences first … first + count - 1: every token is read and every target counts."""
+        return BatchSize(count * self.seq_len, count * self.seq_len)
 
     def window_start(self, sequence: int) -> int:
         """First token of the run's sequence number `sequence`."""

@@ -13,7 +13,7 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import msgspec
 import numpy as np
@@ -34,6 +34,20 @@ class ShardInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sha256: str
 
 
+class FileInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    file: str
+    sha256: str
+
+
+class ExamplesInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a split's tokens fall into examples; see `training.data.examples`. `answer_bytes` is the size of the text
+    that the counted tokens stand for."""
+
+    counted: FileInfo
+    ends: FileInfo
+    answer_bytes: int
+
+
 class SplitInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`bytes` and `characters` count the text, document separators excluded; a document cut in two counts in both."""
 
@@ -42,6 +56,7 @@ class SplitInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     characters: int
     shards: tuple[ShardInfo, ...]
     documents: int = 1
+    examples: ExamplesInfo | None = None
 
 
 class SourceInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -50,10 +65,19 @@ class SourceInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sha256: str
 
 
+class Extended(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What prepare added to a tokenizer: `base` is the digest of that one, "" of one made of the text's characters."""
+
+    base: str
+    special_tokens: tuple[str, ...]
+    text_tokens: tuple[str, ...]
+
+
 class DataManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a data folder holds. `tokenizer` is the tokenizer's kind, `tokenizer_digest` its identity.
 
-    The last fields say how text was divided into documents and these into splits.
+    The last fields say how text was divided into documents and these into splits. Of `kind` "examples" every split has
+    `examples`, and `template_digest` is the sha256 of the chat template that they were written by.
     """
 
     version: int
@@ -68,6 +92,11 @@ class DataManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     split: str = "tail"
     documents: str = "file"
     text_keys: tuple[str, ...] = ("text",)
+    control_keys: tuple[str, ...] = ()
+    controls: dict[str, tuple[str, ...]] = {}
+    extended: Extended | None = None
+    kind: Literal["text", "examples"] = "text"
+    template_digest: str = ""
 
     @property
     def token_dtype(self) -> np.dtype[Any]:
@@ -104,6 +133,9 @@ def write_manifest(folder: Path, manifest: DataManifest) -> None:
 def data_digest(manifest: DataManifest) -> str:
     """Identity of the tokens: the same text, tokenizer and split give the same, wherever the text came from."""
     shards = {name: [(shard.tokens, shard.sha256) for shard in info.shards] for name, info in manifest.splits.items()}
+    for name, info in manifest.splits.items():
+        if info.examples is not None:
+            shards[name] += [(info.documents, file.sha256) for file in (info.examples.counted, info.examples.ends)]
     return tokens_digest(manifest.dtype, manifest.vocab_size, manifest.tokenizer_digest, shards)
 
 
@@ -151,9 +183,9 @@ class SplitWriter:
         if self._file is not None:
             self._file.close()
 
-    def finish(self) -> SplitInfo:
+    def finish(self, examples: ExamplesInfo | None = None) -> SplitInfo:
         self._finish_shard()
-        return SplitInfo(self._tokens, self._bytes, self._characters, tuple(self._shards), self._documents)
+        return SplitInfo(self._tokens, self._bytes, self._characters, tuple(self._shards), self._documents, examples)
 
     def _open(self) -> None:
         self._finish_shard()

@@ -29,7 +29,7 @@ class TokenSplit:
 
     def __init__(self, name: str, shards: Sequence[npt.NDArray[Any]], count_bytes: Callable[[], int]) -> None:
         # Plain arrays over the mappings: slicing np.memmap costs several times as much.
-        self._shards = [shard.view(np.ndarray) for shard in shards]
+        self.shards = [shard.view(np.ndarray) for shard in shards]
         self._ends = list(accumulate(len(shard) for shard in shards))
         self._count_bytes = count_bytes
         self.name, self.num_tokens = name, self._ends[-1] if self._ends else 0
@@ -45,7 +45,7 @@ class TokenSplit:
         offset = start - (self._ends[index - 1] if index else 0)
         done = 0
         while done < length:
-            part = self._shards[index][offset : offset + length - done]
+            part = self.shards[index][offset : offset + length - done]
             out[done : done + len(part)] = part
             done += len(part)
             index, offset = index + 1, 0

@@ -1,0 +1,1 @@
+"""What a trained model is taught: each task prepares its data and hands it to the trainer."""
