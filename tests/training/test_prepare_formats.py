@@ -25,7 +25,7 @@ TEXTS = ["one two", "नमस्ते\n\ndunia", "", 'quote " and \\ 🖋', "x
 def documents(path: Path, **options: object) -> list[str]:
     """The pieces that are read, joined to documents."""
     found: list[str] = []
-    for text, starts in read_file(path, path.name, ReadOptions(**options), Meter()):  # type: ignore[arg-type]
+    for text, starts, _ in read_file(path, path.name, ReadOptions(**options), Meter()):  # type: ignore[arg-type]
         found.append(text) if starts else found.append(found.pop() + text)
     return found
 

@@ -35,6 +35,17 @@ def prepare_command(
     text_key: Annotated[
         list[str] | None, typer.Option(help="field of a row that holds its text (default: text); several are joined")
     ] = None,
+    control: Annotated[
+        list[str] | None,
+        typer.Option(help="field of a row whose value becomes a control token before the text, such as <|meter:doha|>; "
+                          "repeat it in the order in which they shall stand"),
+    ] = None,
+    add_token: Annotated[
+        list[str] | None, typer.Option(help="text that becomes one token of the tokenizer; repeat for more")
+    ] = None,
+    add_special_token: Annotated[
+        list[str] | None, typer.Option(help="control token to add, which no text produces; repeat for more")
+    ] = None,
     sha256: Annotated[list[str] | None, typer.Option(help="digest of each URL's content, in their order")] = None,
     workers: Annotated[int, typer.Option(help="processes that tokenise; 0 = one per core, if the text is large")] = 0,
     force: Annotated[bool, typer.Option(help="replace other prepared data in --out")] = False,
@@ -44,7 +55,8 @@ def prepare_command(
     request = PrepareRequest(
         inputs=(*input, *(more or ())), out=out, tokenizer=tokenizer, val_fraction=val_fraction,
         test_fraction=test_fraction, digests=tuple(sha256 or ()), workers=workers, force=force, documents=documents,
-        split=split, text_keys=tuple(text_key or ("text",)),
+        split=split, text_keys=tuple(text_key or ("text",)), control_keys=tuple(control or ()),
+        special_tokens=tuple(add_special_token or ()), text_tokens=tuple(add_token or ()),
     )  # fmt: skip
     console = Console(stderr=True)
     columns = (
@@ -75,8 +87,10 @@ def prepare_command(
         }
         for name, split in manifest.splits.items()
     }
-    print_result(as_json, {"out": str(out), "vocab_size": manifest.vocab_size, "written": written, **splits}, lines=[
+    values = {"out": str(out), "vocab_size": manifest.vocab_size, "written": written, "controls": manifest.controls}
+    print_result(as_json, values | splits, lines=[
         f"{out}: {'written' if written else 'already prepared'}, vocabulary {manifest.vocab_size:,}",
         *(f"{name}: {s['tokens']:,} tokens, {s['characters']:,} characters, {s['documents']:,} documents"
           for name, s in splits.items()),
+        *(f"control {name}: {', '.join(known)}" for name, known in manifest.controls.items()),
     ])  # fmt: skip

@@ -30,12 +30,13 @@ _BATCH_TEXTS = 1 << 14
 
 @dataclass(slots=True)
 class Batch:
-    """Texts of one split. `breaks` says which begin a document that is not the split's first; `done` is how much of
-    the input had been read when the batch was full."""
+    """Texts of one split. `breaks` says which begin a document that is not the split's first, `labels` the special
+    tokens before each text; `done` is how much of the input had been read when the batch was full."""
 
     split: str
     texts: list[str] = field(default_factory=list)
     breaks: list[bool] = field(default_factory=list)
+    labels: list[tuple[str, ...]] = field(default_factory=list)
     characters: int = 0
     documents: int = 0
     done: int = 0
@@ -54,10 +55,11 @@ def make_batches(pieces: Iterable[tuple[str, Piece]], read_so_far: Callable[[], 
     """Pieces of each split gathered, their order within the split kept."""
     batches: dict[str, Batch] = {}
     begun: set[str] = set()
-    for split, (text, starts) in pieces:
+    for split, (text, starts, labels) in pieces:
         batch = batches.setdefault(split, Batch(split))
         batch.texts.append(text)
         batch.breaks.append(starts and split in begun)
+        batch.labels.append(tuple(label.token for label in labels) if starts else ())
         begun.add(split)
         batch.characters += len(text)
         batch.documents += starts
@@ -76,13 +78,13 @@ def encode_batches(batches: Iterable[Batch], tokenizer: Tokenizer, folder: Path,
     """
     if workers == 1:
         for batch in batches:
-            yield Encoded(batch, *encode_texts(tokenizer, batch.texts, batch.breaks))
+            yield Encoded(batch, *encode_texts(tokenizer, batch.texts, batch.breaks, batch.labels))
         return
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (folder,))
     waiting: deque[tuple[Batch, Future[tuple[npt.NDArray[Any], int]]]] = deque()
     try:
         for batch in batches:
-            waiting.append((batch, pool.submit(_encode_in_worker, batch.texts, batch.breaks)))
+            waiting.append((batch, pool.submit(_encode_in_worker, batch.texts, batch.breaks, batch.labels)))
             if len(waiting) >= workers * _QUEUED_PER_WORKER:
                 yield _finish(waiting)
         while waiting:
@@ -95,13 +97,20 @@ def encode_batches(batches: Iterable[Batch], tokenizer: Tokenizer, folder: Path,
         pool.shutdown(cancel_futures=True)
 
 
-def encode_texts(tokenizer: Tokenizer, texts: list[str], breaks: list[bool]) -> tuple[npt.NDArray[Any], int]:
-    """The ids of the texts one behind the other, with the end-of-text token at each break, and the texts' bytes."""
+def encode_texts(
+    tokenizer: Tokenizer, texts: list[str], breaks: list[bool], labels: list[tuple[str, ...]]
+) -> tuple[npt.NDArray[Any], int]:
+    """The ids of the texts one behind the other, with the end-of-text token at each break and each text's labels
+    before it, and the texts' bytes."""
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     separator = np.array([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id], dtype=dtype)
     parts: list[npt.NDArray[Any]] = []
-    for ids, separated in zip(_ids(tokenizer, texts, dtype), breaks, strict=True):
-        parts += [separator, ids] if separated else [ids]
+    for ids, separated, tokens in zip(_ids(tokenizer, texts, dtype), breaks, labels, strict=True):
+        if separated:
+            parts.append(separator)
+        if tokens:
+            parts.append(np.array([tokenizer.special_tokens[token] for token in tokens], dtype=dtype))
+        parts.append(ids)
     return np.concatenate(parts), sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
 
 
@@ -128,6 +137,8 @@ def _start_worker(folder: Path) -> None:
     _worker_tokenizer = Tokenizer.load(folder)
 
 
-def _encode_in_worker(texts: list[str], breaks: list[bool]) -> tuple[npt.NDArray[Any], int]:
+def _encode_in_worker(
+    texts: list[str], breaks: list[bool], labels: list[tuple[str, ...]]
+) -> tuple[npt.NDArray[Any], int]:
     assert _worker_tokenizer is not None
-    return encode_texts(_worker_tokenizer, texts, breaks)
+    return encode_texts(_worker_tokenizer, texts, breaks, labels)

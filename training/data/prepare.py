@@ -18,10 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.atomic_folder import replace_folder
+from model.controls import Controls, Label, check_name, read_controls
 from model.tokenizer import Tokenizer
+from model.tokenizer.extension import extend_tokenizer
 from training.data.compressed import Meter
 from training.data.encode import Encoded, encode_batches, make_batches
 from training.data.hub_dataset import HubDataset
+from training.data.labels import declare
 from training.data.named_tokenizer import named_tokenizer
 from training.data.readers import Cut, Documents, Piece, ReadOptions, read_file
 from training.data.shards import (
@@ -30,6 +33,7 @@ from training.data.shards import (
     SHARD_TOKENS,
     TOKENIZER_DIR,
     DataManifest,
+    Extended,
     SourceInfo,
     SplitInfo,
     SplitWriter,
@@ -57,6 +61,9 @@ class PrepareRequest:
     `documents` divides plain text; rows of other files are documents of their own, whose text the fields `text_keys`
     hold. `split` "auto" is "tail" for plain text that is read as whole files, otherwise "documents" (see
     `training.data.splits`). `workers` 0 is one process per core where that pays.
+
+    The fields `control_keys` of a row become control tokens before its text, in this order; every value found is
+    added to the tokenizer (see `model.controls`). `special_tokens` and `text_tokens` are added too.
     """
 
     inputs: tuple[str, ...]
@@ -70,6 +77,9 @@ class PrepareRequest:
     documents: Documents = "file"
     split: SplitRule = "auto"
     text_keys: tuple[str, ...] = ("text",)
+    control_keys: tuple[str, ...] = ()
+    special_tokens: tuple[str, ...] = ()
+    text_tokens: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0.0 < self.val_fraction < 1.0:
@@ -80,10 +90,27 @@ class PrepareRequest:
             raise RecipeError(f"--workers is {self.workers} but must be at least 0")
         if not self.text_keys or not all(self.text_keys):
             raise RecipeError("--text-key is empty; name the field that holds the text")
+        for name in self.control_keys:
+            check_name(name)
+            if self.control_keys.count(name) > 1:
+                raise RecipeError(f"--control {name} is given twice; name each control once")
+        if not all((*self.special_tokens, *self.text_tokens)):
+            raise RecipeError("--add-token or --add-special-token is empty; give the token's text")
 
     @property
     def shares(self) -> Shares:
         return Shares(self.val_fraction, self.test_fraction)
+
+    @property
+    def extends(self) -> bool:
+        """Whether the tokenizer gets tokens more."""
+        return bool(self.control_keys or self.special_tokens or self.text_tokens)
+
+    @property
+    def known_controls(self) -> Controls:
+        """Of the tokenizer that is named."""
+        path = Path(self.tokenizer)
+        return read_controls(path if path.is_dir() else path.parent) if path.exists() else Controls()
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +153,7 @@ def prepare(
         return _existing(request, tokenizer, inputs, rule), False
     with tempfile.TemporaryDirectory(prefix="quill-prepare-") as downloads:
         # What is read twice is worth a copy on the disk.
-        streaming = rule == "documents" and tokenizer is not None
+        streaming = rule == "documents" and tokenizer is not None and not request.control_keys
         corpus = Corpus([_open(item, Path(downloads), streaming) for item in inputs])
         job = _Job(request, tokenizer, rule, corpus, on_progress, on_notice, shard_tokens)
         replace_folder(request.out, job.write, marker=MANIFEST)
@@ -147,9 +174,10 @@ class _Job:
 
     def write(self, folder: Path) -> None:
         request, survey = self.request, Survey()
-        if self.rule == "tail" or self.tokenizer is None:
+        if self.rule == "tail" or self.tokenizer is None or request.control_keys:
             survey = self._survey()
-        tokenizer = self.tokenizer or Tokenizer.characters(survey.alphabet)
+        base = self.tokenizer or Tokenizer.characters(survey.alphabet)
+        tokenizer = self._extend(base, survey.labels) if request.extends else base
         (folder / TOKENIZER_DIR).mkdir()
         tokenizer.save(folder / TOKENIZER_DIR)
         meter = Meter()
@@ -163,10 +191,20 @@ class _Job:
         splits = self._write_splits(folder, encoded, dtype_name(tokenizer.vocab_size))
         if tokenizer.eos_token_id is None and any(info.documents > 1 for info in splits.values()):
             self.on_notice(f"{request.tokenizer}: has no end-of-text token, so nothing stands between documents")
-        write_manifest(folder, self._manifest(tokenizer, splits))
+        write_manifest(folder, self._manifest(folder, tokenizer, splits))
+
+    def _extend(self, base: Tokenizer, found: set[Label]) -> Tokenizer:
+        request = self.request
+        tokenizer = extend_tokenizer(base, special=request.special_tokens, text=request.text_tokens)
+        if request.control_keys:
+            tokenizer = declare(tokenizer, request.known_controls, request.control_keys, found)
+        if (added := tokenizer.vocab_size - base.vocab_size) > 0:
+            self.on_notice(f"{request.tokenizer}: {added} tokens added, {tokenizer.vocab_size:,} in all")
+        return tokenizer
 
     def _options(self, cut: Cut) -> ReadOptions:
-        return ReadOptions(self.request.documents, self.request.text_keys, cut)
+        request = self.request
+        return ReadOptions(request.documents, request.text_keys, cut, request.control_keys)
 
     def _survey(self) -> Survey:
         survey, meter = Survey(keep_alphabet=self.tokenizer is None), Meter()
@@ -207,7 +245,7 @@ class _Job:
                 )
         return splits
 
-    def _manifest(self, tokenizer: Tokenizer, splits: dict[str, SplitInfo]) -> DataManifest:
+    def _manifest(self, folder: Path, tokenizer: Tokenizer, splits: dict[str, SplitInfo]) -> DataManifest:
         request = self.request
         return DataManifest(
             version=FORMAT_VERSION,
@@ -222,7 +260,17 @@ class _Job:
             split=self.rule,
             documents=request.documents,
             text_keys=request.text_keys,
+            control_keys=request.control_keys,
+            controls=dict(read_controls(folder / TOKENIZER_DIR).values),
+            extended=_extended(request, self.tokenizer),
         )
+
+
+def _extended(request: PrepareRequest, tokenizer: Tokenizer | None) -> Extended | None:
+    """`tokenizer` is the one that was named."""
+    if not request.extends:
+        return None
+    return Extended("" if tokenizer is None else tokenizer.digest, request.special_tokens, request.text_tokens)
 
 
 def _usable_cores() -> int:
@@ -246,12 +294,19 @@ def _split_rule(request: PrepareRequest, inputs: Sequence[Input]) -> str:
 def _existing(request: PrepareRequest, tokenizer: Tokenizer | None, inputs: Sequence[Input], rule: str) -> DataManifest:
     """The manifest of `request.out`, if that is what preparing would write. Raises DataError if it is not."""
     manifest = read_manifest(request.out)
-    if tokenizer is None:  # the same text has the same characters
+    if request.extends or manifest.extended is not None:  # the same rows have the same labels
+        same_tokenizer = manifest.extended == _extended(request, tokenizer)
+    elif tokenizer is None:  # the same text has the same characters
         same_tokenizer = manifest.tokenizer == "characters"
     else:
         same_tokenizer = manifest.tokenizer_digest == tokenizer.digest
-    wanted = (request.val_fraction, request.test_fraction, rule, request.documents, request.text_keys)
-    found = (manifest.val_fraction, manifest.test_fraction, manifest.split, manifest.documents, manifest.text_keys)
+    wanted = (
+        request.val_fraction, request.test_fraction, rule, request.documents, request.text_keys, request.control_keys
+    )  # fmt: skip
+    found = (
+        manifest.val_fraction, manifest.test_fraction, manifest.split, manifest.documents, manifest.text_keys,
+        manifest.control_keys,
+    )  # fmt: skip
     if same_tokenizer and wanted == found and _same_sources(inputs, manifest.sources):
         return manifest
     raise DataError(

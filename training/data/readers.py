@@ -18,8 +18,10 @@ from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 import msgspec
 
+from model.controls import Label
 from training.data.compressed import SUFFIXES as COMPRESSED_SUFFIXES
 from training.data.compressed import Meter, open_bytes
+from training.data.labels import row_labels
 from training.errors import DataError, RecipeError
 
 Documents = Literal["file", "line", "blank-line"]
@@ -41,19 +43,26 @@ _JSON_GAP = re.compile(r"[\s,]*")
 
 
 class Piece(NamedTuple):
-    """Text that is encoded on its own; `starts` where it begins a document."""
+    """Text that is encoded on its own; `starts` where it begins a document. `labels` are those of its document."""
 
     text: str
     starts: bool
+    labels: tuple[Label, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class ReadOptions:
-    """`documents` divides plain text; `text_keys` are the fields of a row that hold text, joined by empty lines."""
+    """`documents` divides plain text; `text_keys` are the fields of a row that hold text, joined by empty lines, and
+    `control_keys` those that hold a label, in the order in which labels stand before the text."""
 
     documents: Documents = "file"
     text_keys: tuple[str, ...] = ("text",)
     cut: Cut = "never"
+    control_keys: tuple[str, ...] = ()
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(self.text_keys + self.control_keys))
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,24 +88,25 @@ def read_file(path: Path, origin: str, options: ReadOptions, meter: Meter) -> It
             yield from _read_text(stream, origin, options)
             return
         if kind == "jsonl":
-            rows = _jsonl_rows(stream, origin, options.text_keys)
+            rows = _jsonl_rows(stream, origin, options.keys)
         elif kind == "json":
             rows = _json_rows(stream, origin)
         else:
-            rows = _parquet_rows(stream, path, origin, options.text_keys, meter)
+            rows = _parquet_rows(stream, path, origin, options, meter)
         for place, row in rows:
-            yield from document_pieces(row_text(row, place, options.text_keys), options.cut)
+            labels = row_labels(row, place, options.control_keys)
+            yield from document_pieces(row_text(row, place, options.text_keys), options.cut, labels)
 
 
-def document_pieces(text: str, cut: Cut) -> Iterator[Piece]:
+def document_pieces(text: str, cut: Cut, labels: tuple[Label, ...] = ()) -> Iterator[Piece]:
     """A document that is in memory; none if it is empty."""
     if len(text) <= _CHUNK:
         if text:
-            yield Piece(text, True)
+            yield Piece(text, True, labels)
         return
     parts = (text[start : start + _CHUNK] for start in range(0, len(text), _CHUNK))
     for number, part in enumerate(cut_text(parts, cut)):
-        yield Piece(part, number == 0)
+        yield Piece(part, number == 0, labels)
 
 
 def row_text(row: Mapping[str, Any], place: str, keys: tuple[str, ...]) -> str:
@@ -220,9 +230,9 @@ def _whole_objects(decoder: json.JSONDecoder, buffer: str) -> Iterator[tuple[Map
 
 
 def _parquet_rows(
-    stream: BinaryIO, path: Path, origin: str, keys: tuple[str, ...], meter: Meter
+    stream: BinaryIO, path: Path, origin: str, options: ReadOptions, meter: Meter
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The columns `keys`, a row group at a time."""
+    """The columns asked for, a row group at a time."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -234,9 +244,10 @@ def _parquet_rows(
             shutil.copyfileobj(stream, plain)
         try:
             with pyarrow.parquet.ParquetFile(plain if plain.tell() else path) as file:
-                _require_columns(file.schema_arrow.names, keys, origin)
+                _require_columns(file.schema_arrow.names, options.text_keys, origin)
+                columns = [key for key in options.keys if key in file.schema_arrow.names]
                 start, size = meter.done, path.stat().st_size - (meter.done - before)
-                for batch in file.iter_batches(_ROWS_AT_A_TIME, columns=list(keys), use_threads=False):
+                for batch in file.iter_batches(_ROWS_AT_A_TIME, columns=columns, use_threads=False):
                     for row in batch.to_pylist():
                         number += 1
                         yield f"{origin}, row {number}", row

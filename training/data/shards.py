@@ -76,7 +76,8 @@ class Extended(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class DataManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a data folder holds. `tokenizer` is the tokenizer's kind, `tokenizer_digest` its identity.
 
-    The last fields say how text was divided into documents and these into splits. Of `kind` "examples" every split has
+    `split`, `documents` and `text_keys` say how text was divided into documents and these into splits, `control_keys`
+    which fields of a row gave the labels before it; `controls` are the tokenizer's control tokens. Of `kind` "examples" every split has
     `examples`, and `template_digest` is the sha256 of the chat template that they were written by.
     """
 

@@ -11,11 +11,15 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from model.controls import Label
+from training.data.labels import MAX_LABELS
 from training.data.readers import Piece
+from training.errors import DataError
 
 SplitRule = Literal["auto", "tail", "documents"]
 SPLITS = ("train", "val", "test")
@@ -37,12 +41,13 @@ class Shares:
 
 @dataclass(slots=True)
 class Survey:
-    """What one pass over the text tells: its length in characters, where documents end, which characters it has."""
+    """What one pass over the text tells: its length in characters, where documents end, its characters and labels."""
 
     keep_alphabet: bool = True
     characters: int = 0
     ends: list[int] = field(default_factory=list)
     alphabet: set[str] = field(default_factory=set)
+    labels: set[Label] = field(default_factory=set)
     _step: int = 1
     _seen: int = 0
 
@@ -50,6 +55,12 @@ class Survey:
         if piece.starts and self.characters:
             self._end_document()
         self.characters += len(piece.text)
+        self.labels.update(piece.labels)
+        if len(self.labels) > MAX_LABELS:
+            name, count = Counter(label.name for label in self.labels).most_common(1)[0]
+            raise DataError(
+                f"--control {name}: has {count} values or more; name a field of fewer, at most {MAX_LABELS}"
+            )
         if self.keep_alphabet:
             self.alphabet.update(piece.text)
 
@@ -83,14 +94,14 @@ def _nearest_end(ends: list[int], cut: int, slack: float) -> int:
 def split_tail(pieces: Iterable[Piece], cuts: list[int], names: tuple[str, ...]) -> Iterator[tuple[str, Piece]]:
     """The pieces with their splits; one that lies across a cut is divided, and its rest begins a document."""
     position, part = 0, 0
-    for text, starts in pieces:
+    for text, starts, labels in pieces:
         while part < len(cuts) and position + len(text) > cuts[part]:
             room = cuts[part] - position
             if room:
-                yield names[part], Piece(text[:room], starts)
+                yield names[part], Piece(text[:room], starts, labels)
             text, starts, position = text[room:], True, cuts[part]
             part += 1
-        yield names[part], Piece(text, starts)
+        yield names[part], Piece(text, starts, labels)
         position += len(text)
 
 
