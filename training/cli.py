@@ -11,8 +11,11 @@ from typing import NoReturn
 import typer
 
 from model.errors import QuillError
+from training.commands.classify import classify_command
 from training.commands.evaluate import evaluate
 from training.commands.export import export
+from training.commands.finetune_classify import finetune_classify
+from training.commands.finetune_instruct import finetune_instruct
 from training.commands.generate import generate_command
 from training.commands.import_model import import_command
 from training.commands.info import info
@@ -20,6 +23,7 @@ from training.commands.latency import latency_command
 from training.commands.prepare import prepare_command
 from training.commands.recipe import recipe_command
 from training.commands.report import report_command
+from training.commands.tokenizer import tokenizer_app
 from training.commands.train import EPILOG, train
 
 app = typer.Typer(
@@ -36,6 +40,12 @@ app.command("generate")(generate_command)
 app.command("report")(report_command)
 app.command("import")(import_command)
 app.command("export")(export)
+finetune = typer.Typer(help="Teach a trained model a task.", no_args_is_help=True)
+app.add_typer(finetune, name="finetune")
+finetune.command("instruct")(finetune_instruct)
+finetune.command("classify")(finetune_classify)
+app.command("classify")(classify_command)
+app.add_typer(tokenizer_app, name="tokenizer")
 
 
 def main() -> None:

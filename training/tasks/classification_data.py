@@ -62,7 +62,7 @@ def read_texts(path: Path, columns: Columns) -> tuple[list[str], list[str] | Non
         suffixes.pop()
     reader = _READERS.get(suffixes[-1] if suffixes else "")
     if reader is None:
-        raise DataError(f"{path}: texts are read from {', '.join(_READERS)} (also .gz, .zst); convert it to one of them")
+        raise DataError(f"{path}: texts are read from {', '.join(_READERS)} (also .gz, .zst); convert it to one")
     with open_bytes(path, str(path), Meter()) as stream:
         try:
             rows = list(reader(stream, str(path), columns))
