@@ -139,9 +139,9 @@ def test_the_command_writes_pages(
         ),
         (
             ("base", "--out", "absent/page.html"),
-            "error: absent/page.html: cannot be written (No such file or directory);",
+            "error: absent/page.html cannot be written: No such file or directory;",
         ),
-        (("base", "--out", "base"), "error: base: cannot be written (Is a directory);"),
+        (("base", "--out", "base"), "error: base cannot be written: Is a directory;"),
     ],
 )
 def test_a_mistake_is_one_sentence(
