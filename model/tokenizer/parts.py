@@ -19,7 +19,9 @@ from model.tokenizer.encoders import (
     characters_document,
 )
 from model.tokenizer.files import END_OF_TEXT, TOKENIZER_FILE, TokenizerFiles, as_dict
+from model.tokenizer.normalizer import read_normalizer
 from model.tokenizer.pieces import TokenPieces, local_pieces, same_everywhere
+from model.tokenizer.word_patterns import WORD_PATTERNS, split_at
 
 if TYPE_CHECKING:
     import tokenizers
@@ -143,7 +145,26 @@ def _library_parts(files: TokenizerFiles) -> TokenizerParts:
         pieces = same_everywhere({i: token.encode() for i, token in words.items()}, special_ids)
         window = encoder.tokenizer
     unk_token_id = _unknown_id(as_dict(files.document.get("model")), vocab)
-    return TokenizerParts("library", encoder, pieces, special_tokens, unk_token_id=unk_token_id, window=window)
+    cut: TextCut = "words" if _begins_words_at_spaces(files.document) else "never"
+    return TokenizerParts("library", encoder, pieces, special_tokens, unk_token_id=unk_token_id, cut=cut, window=window)
+
+
+def _begins_words_at_spaces(document: dict[str, object]) -> bool:
+    """Whether the first step divides a text by one of the known patterns, and nothing sees more than a word."""
+    normalizer = read_normalizer(document.get("normalizer"))
+    steps = as_dict(document.get("pre_tokenizer")).get("pretokenizers")
+    first = steps[0] if isinstance(steps, list) and steps else None
+    return (
+        normalizer is not None
+        and normalizer.is_compatible
+        and document.get("post_processor") is None
+        and any(first == split_at(pattern) for pattern in WORD_PATTERNS.values())
+        and all(as_dict(entry).get("special") for entry in _entries(document.get("added_tokens")))
+    )
+
+
+def _entries(added_tokens: object) -> list[object]:
+    return added_tokens if isinstance(added_tokens, list) else []
 
 
 def _unknown_id(model: dict[str, object], vocab: Mapping[str, int]) -> int | None:

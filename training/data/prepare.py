@@ -49,7 +49,6 @@ from training.errors import DataError, RecipeError
 OnProgress = Callable[[str, int, int | None], None]
 
 # Where text may be cut for each kind of tokenizer, its tokens staying the same.
-CUTS: dict[str, Cut] = {"bytes": "anywhere", "characters": "anywhere", "byte_bpe": "words", "library": "never"}
 # Below this, starting processes takes longer than the tokenising.
 _WORTH_WORKERS_BYTES = 1 << 25
 
@@ -181,7 +180,7 @@ class _Job:
         (folder / TOKENIZER_DIR).mkdir()
         tokenizer.save(folder / TOKENIZER_DIR)
         meter = Meter()
-        pieces = self.corpus.read(self._options(CUTS[tokenizer.kind]), meter)
+        pieces = self.corpus.read(self._options(tokenizer.cut), meter)
         if self.rule == "tail":
             assigned = split_tail(pieces, tail_cuts(survey, request.shares), request.shares.names)
         else:

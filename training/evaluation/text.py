@@ -20,7 +20,6 @@ import numpy.typing as npt
 from model.tokenizer import Tokenizer
 from training.data.compressed import Meter
 from training.data.encode import encode_batches, make_batches
-from training.data.prepare import CUTS
 from training.data.readers import Piece, ReadOptions, read_file
 from training.errors import DataError
 from training.evaluation.progress import OnProgress, silent
@@ -65,7 +64,7 @@ def encode_files(paths: Sequence[Path], tokenizer: Tokenizer, on_progress: OnPro
 
 
 def _pieces(paths: Sequence[Path], tokenizer: Tokenizer, meter: Meter) -> Iterator[Piece]:
-    options = ReadOptions(cut=CUTS[tokenizer.kind])
+    options = ReadOptions(cut=tokenizer.cut)
     for path in paths:
         piece = None
         for piece in read_file(path, str(path), options, meter):
