@@ -22,9 +22,9 @@ Resume = Literal["auto", "never"]
 _FREE_KEYS = frozenset(
     {"data.dir", "data.verify", "train.device", "train.compile", "train.parallel", "train.activation_checkpointing",
      "train.batch_size", "train.grad_accum_steps", "train.log_interval", "train.eval_interval", "train.eval_first",
-     "train.eval_tokens", "train.early_stopping", "train.max_skipped_steps", "train.save_interval", "train.max_steps", "run.dir",
-     "run.save_dtype", "run.keep", "run.async_save", "run.tensorboard", "run.wandb", "run.sample_prompt",
-     "run.sample_tokens"}
+     "train.eval_tokens", "train.early_stopping", "train.max_skipped_steps", "train.save_interval",
+     "train.max_steps", "run.dir", "run.save_dtype", "run.keep", "run.async_save", "run.tensorboard", "run.wandb",
+     "run.sample_prompt", "run.sample_tokens"}
 )  # fmt: skip
 
 

@@ -78,6 +78,10 @@ class ExampleRows:
     def __len__(self) -> int:
         return len(self._rows)
 
+    @property
+    def num_examples(self) -> int:
+        return len(self._split) - self.left_out
+
     def stack(self, rows: Sequence[int], *, multiple: int = 64) -> Arrays:
         """Inputs and targets [len(rows), width] of these rows, IGNORED where no loss counts.
 
@@ -140,7 +144,7 @@ class ExampleWriter:
         self._length = self._answer_bytes = 0
 
     def append(self, ids: Sequence[int], counted: Iterable[bool], *, text: str, answer_bytes: int) -> None:
-        """One example: its tokens, which of them count, its text without special tokens, and the size of its answers."""
+        """One example: its tokens, which of them count, its text without special tokens, its answers' size."""
         tokens = np.array(ids, dtype=np.int64)
         self._tokens.append(tokens, num_bytes=len(text.encode()), characters=len(text), documents=1)
         self._counted.append(np.fromiter(counted, dtype=np.uint8, count=len(ids)))

@@ -1,4 +1,4 @@
-"""Rows of examples as a pure function of their number in the run: `training.data.loader` for examples. Free of torch."""
+"""Rows of examples as a pure function of their number in the run, as `training.data.loader` has it. Free of torch."""
 
 from __future__ import annotations
 

@@ -98,6 +98,21 @@ def read_file(path: Path, origin: str, options: ReadOptions, meter: Meter) -> It
             yield from document_pieces(row_text(row, place, options.text_keys), options.cut, labels)
 
 
+def read_rows(path: Path, origin: str, keys: tuple[str, ...], meter: Meter) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The objects of JSON lines or of a JSON array, each with its place; of the fields only `keys` need be decoded.
+
+    Raises DataError, naming `origin` and the row, for bad content and for files of other kinds.
+    """
+    kind = file_format(path.name).kind
+    with open_bytes(path, origin, meter) as stream:
+        if kind == "jsonl":
+            yield from _jsonl_rows(stream, origin, keys)
+        elif kind == "json":
+            yield from _json_rows(stream, origin)
+        else:
+            raise DataError(f"{origin}: not rows of JSON; name a file that ends in .jsonl or .json, or these with .gz")
+
+
 def document_pieces(text: str, cut: Cut, labels: tuple[Label, ...] = ()) -> Iterator[Piece]:
     """A document that is in memory; none if it is empty."""
     if len(text) <= _CHUNK:

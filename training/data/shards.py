@@ -77,8 +77,9 @@ class DataManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a data folder holds. `tokenizer` is the tokenizer's kind, `tokenizer_digest` its identity.
 
     `split`, `documents` and `text_keys` say how text was divided into documents and these into splits, `control_keys`
-    which fields of a row gave the labels before it; `controls` are the tokenizer's control tokens. Of `kind` "examples" every split has
-    `examples`, and `template_digest` is the sha256 of the chat template that they were written by.
+    which fields of a row gave the labels before it; `controls` are the tokenizer's control tokens. Of `kind`
+    "examples" every split has `examples`, and `template` names the chat template that they were written by, whose
+    text has the sha256 `template_digest`.
     """
 
     version: int
@@ -97,6 +98,7 @@ class DataManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     controls: dict[str, tuple[str, ...]] = {}
     extended: Extended | None = None
     kind: Literal["text", "examples"] = "text"
+    template: str = ""
     template_digest: str = ""
 
     @property

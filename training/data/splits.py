@@ -110,11 +110,12 @@ def split_documents(pieces: Iterable[Piece], shares: Shares) -> Iterator[tuple[s
     name = SPLITS[0]
     for piece in pieces:
         if piece.starts:
-            name = _split_of(piece.text, shares)
+            name = split_of(piece.text, shares)
         yield name, piece
 
 
-def _split_of(text: str, shares: Shares) -> str:
+def split_of(text: str, shares: Shares) -> str:
+    """Where the hash of a text sends it."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     place = int.from_bytes(digest, "big") / 2**64
     if place < shares.val:
