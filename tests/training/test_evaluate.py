@@ -17,7 +17,8 @@ from training import loss as loss_module
 from training.data.dataset import open_split
 from training.data.prepare import PrepareRequest, prepare
 from training.errors import DataError, RecipeError
-from training.evaluate import TextTokens, encode_file, evaluate_checkpoint, evaluate_loss
+from training.evaluate import evaluate_checkpoint, evaluate_loss
+from training.evaluation.text import TextTokens, encode_files
 from training.generate import generate_from_checkpoint
 from training.loss import summed_cross_entropy
 
@@ -60,7 +61,7 @@ def test_bits_per_byte_counts_bytes_of_the_text_not_tokens(checkpoint: Path, tmp
     result = evaluate_checkpoint(checkpoint, text=tmp_path / "a.txt", device="cpu")
     ids = torch.tensor(Tokenizer.bytes().encode(text))
     assert result.bits_per_byte == pytest.approx(transformers_loss(checkpoint, ids, 32) / math.log(2), rel=1e-4)
-    gpt2 = encode_file(tmp_path / "a.txt", Tokenizer.gpt2())
+    gpt2 = encode_files([tmp_path / "a.txt"], Tokenizer.gpt2())
     assert gpt2.num_bytes == len(text.encode()) > gpt2.num_tokens
 
 
