@@ -28,13 +28,15 @@ _REFUSED_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """The training behind some weights. `validation_loss` is in nats per token; `data` is a digest of the data."""
+    """The training behind some weights. `validation_loss` is in nats per token; `data` is a digest of the data, and
+    `parent` that of the weights that training started from."""
 
     step: int | None = None
     run: str | None = None
     data: str | None = None
     validation_loss: float | None = None
     bits_per_byte: float | None = None
+    parent: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,7 @@ def read_manifest(folder: str | Path) -> Manifest | None:
         data=fields.optional_string("data"),
         validation_loss=fields.optional_number("validation_loss"),
         bits_per_byte=fields.optional_number("bits_per_byte"),
+        parent=fields.optional_string("parent"),
     )
     return Manifest(files, fields.string("weights"), fields.string("created"), provenance)
 

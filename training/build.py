@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from model.checkpoint import load_config, load_model
 from model.config import ModelConfig, gpt2_config, llama_config
 from model.errors import ConfigError
 from model.hf import export_config
@@ -20,6 +17,7 @@ from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from training.config import ModelSection, TrainConfig
 from training.errors import RecipeError
+from training.init_from import bias_switches, config_from_folder, round_up, section_values, weights_from_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _REQUIRED = ("num_layers", "num_heads", "hidden_size", "max_seq_len")
@@ -30,10 +28,6 @@ _LLAMA_KIN: dict[str, dict[str, Any]] = {
     "qwen2": {"qkv_bias": True, "norm_eps": 1e-6},
     "qwen3": {"qk_norm": True, "norm_eps": 1e-6},
 }
-_PRODUCTS = ("qkv_bias", "o_bias", "mlp_bias")
-# Models pad their vocabulary for speed; a larger difference is another tokenizer.
-_MOST_PADDING = 1_024
-_VOCABULARY_WEIGHTS = ("embed_tokens.weight", "lm_head.weight")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -59,7 +53,7 @@ def make_model_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
     """
     section = config.model
     if section.init_from is not None:
-        model_config = _from_folder(Path(section.init_from), section, tokenizer)
+        model_config = config_from_folder(Path(section.init_from), config, tokenizer)
     else:
         try:
             model_config = _from_section(section, tokenizer)
@@ -76,31 +70,20 @@ def make_model_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
 def make_model(config: TrainConfig, model_config: ModelConfig) -> Transformer:
     """A float32 model on the CPU, so that every device starts from the same weights, which train.seed decides.
 
-    With model.init_from they are the folder's, and train.seed decides rows that model.vocab_multiple adds.
+    With model.init_from they are the folder's, and train.seed decides the noise in rows that the vocabulary gains.
     Raises ConfigError or CheckpointError for a folder that cannot be loaded.
     """
     model = Transformer(model_config)
     if config.model.init_from is None:
         model.init_weights(config.train.seed)
         return model
-    state = load_model(Path(config.model.init_from), dtype=torch.float32).state_dict()
-    for name in _VOCABULARY_WEIGHTS:
-        if name in state:
-            state[name] = _with_rows(state[name], model_config.vocab_size, config.train.seed)
-    model.load_state_dict(state)
+    model.load_state_dict(weights_from_folder(Path(config.model.init_from), model_config, config.train.seed))
     return model
 
 
-def _with_rows(weight: Tensor, rows: int, seed: int) -> Tensor:
-    """New rows are drawn as `Transformer.init_weights` draws them."""
-    generator = torch.Generator().manual_seed(seed)
-    added = torch.empty(rows - len(weight), weight.shape[1]).normal_(0.0, 0.02, generator=generator)
-    return torch.cat([weight, added])
-
-
 def _from_section(section: ModelSection, tokenizer: Tokenizer) -> ModelConfig:
-    values = _values(section)
-    values |= {"vocab_size": _round_up(tokenizer.vocab_size, section.vocab_multiple)}
+    values = section_values(section)
+    values |= {"vocab_size": round_up(tokenizer.vocab_size, section.vocab_multiple)}
     values |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     if section.preset is None:
         return replace(_from_sizes(section), **_with_bias(values, section.architecture))
@@ -113,28 +96,10 @@ def _from_section(section: ModelSection, tokenizer: Tokenizer) -> ModelConfig:
     return create_config(section.preset, **_with_bias(values, family))
 
 
-def _values(section: ModelSection) -> dict[str, Any]:
-    """The keys that are set, but those that are no fields of a ModelConfig."""
-    values = {key: value for key, value in dataclasses.asdict(section).items() if value is not None}
-    for key in ("init_from", "preset", "architecture", "vocab_multiple"):
-        values.pop(key, None)
-    return values
-
-
 def _with_bias(values: dict[str, Any], architecture: str | None) -> dict[str, Any]:
     """`bias` spelt out as the switches that the family has."""
     bias = values.pop("bias", None)
-    return values if bias is None else values | dict.fromkeys(_bias_switches(architecture), bias)
-
-
-def _bias_switches(architecture: str | None) -> tuple[str, ...]:
-    if architecture in ("gpt2", "openai-gpt"):
-        return (*_PRODUCTS, "norm_bias")
-    return ("qkv_bias", "o_bias") if architecture == "qwen3" else _PRODUCTS
-
-
-def _round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
+    return values if bias is None else values | dict.fromkeys(bias_switches(architecture), bias)
 
 
 def _from_sizes(section: ModelSection) -> ModelConfig:
@@ -149,7 +114,7 @@ def _from_sizes(section: ModelSection) -> ModelConfig:
         base = gpt2_config(layers, heads, hidden, max_seq_len=context)
         return replace(base, architecture=section.architecture, norm_first=section.architecture == "gpt2")
     # SwiGLU has three matrices where an MLP has two: 8/3 of the width keeps the size of the usual 4.
-    inner = section.intermediate_size or _round_up(-(-8 * hidden // 3), 16)
+    inner = section.intermediate_size or round_up(-(-8 * hidden // 3), 16)
     base = llama_config(layers, heads, section.num_kv_heads or heads, hidden, inner, max_seq_len=context)
     return replace(base, architecture=section.architecture, **_LLAMA_KIN[section.architecture])
 
@@ -161,57 +126,6 @@ def _size(section: ModelSection, name: str) -> int:
     if value < 1:
         raise RecipeError(f"model.{name} is {value} but must be at least 1")
     return int(value)
-
-
-def _from_folder(folder: Path, section: ModelSection, tokenizer: Tokenizer) -> ModelConfig:
-    """The folder's configuration; the keys of the section may repeat it, and set the dropout."""
-    try:
-        base = load_config(folder)
-    except ConfigError as error:
-        raise RecipeError(f"model.init_from: {error}") from None
-    _check_same_model(folder, base, section)
-    _check_same_tokenizer(folder, base, tokenizer)
-    return replace(
-        base,
-        vocab_size=_round_up(base.vocab_size, section.vocab_multiple),
-        dropout=base.dropout if section.dropout is None else section.dropout,
-        bos_token_id=tokenizer.bos_token_id if base.bos_token_id is None else base.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id if base.eos_token_id is None else base.eos_token_id,
-    )
-
-
-def _check_same_model(folder: Path, base: ModelConfig, section: ModelSection) -> None:
-    if section.preset is not None:
-        raise RecipeError(f"model.preset is {section.preset} but model.init_from gives every size; leave one out")
-    values = _values(section)
-    values.pop("dropout", None)
-    if section.architecture is not None:
-        values["architecture"] = section.architecture
-    bias = values.pop("bias", None)
-    found = {key: getattr(base, key) for key in values}
-    if bias is not None and any(getattr(base, name) != bias for name in _bias_switches(base.architecture)):
-        values, found = values | {"bias": bias}, found | {"bias": not bias}
-    for key, value in values.items():
-        if value != found[key]:
-            raise RecipeError(f"model.{key} is {value} but {found[key]} in {folder}, model.init_from; leave it out")
-
-
-def _check_same_tokenizer(folder: Path, base: ModelConfig, tokenizer: Tokenizer) -> None:
-    if tokenizer.vocab_size > base.vocab_size:
-        raise RecipeError(
-            f"data.dir holds token ids beyond the vocabulary: its tokenizer has {tokenizer.vocab_size} tokens, the "
-            f"model in {folder} only {base.vocab_size}; prepare the data with --tokenizer {folder}"
-        )
-    if (folder / "tokenizer.json").is_file():
-        is_same = Tokenizer.load(folder).digest == tokenizer.digest
-    else:
-        padding = base.vocab_size - tokenizer.vocab_size
-        is_same = padding < _MOST_PADDING and all(token < tokenizer.vocab_size for token in base.eos_token_ids)
-    if not is_same:
-        raise RecipeError(
-            f"data.dir was prepared with another tokenizer than that of {folder}, model.init_from; "
-            f"prepare it with --tokenizer {folder}"
-        )
 
 
 def _check_savable(config: ModelConfig, tokenizer: Tokenizer) -> None:

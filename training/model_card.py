@@ -88,6 +88,7 @@ class ModelCard:
             ("bits per byte", facts.bits_per_byte, "{:.4f}"),
             ("run", facts.run, "`{}`"),
             ("data", facts.data, "`{}`"),
+            ("started from", facts.parent, "`{}`"),
         ]
         return [(label, form.format(value)) for label, value, form in known if value is not None]
 

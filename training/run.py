@@ -14,7 +14,8 @@ import torch
 from rich.console import Console
 
 from model.config import ModelConfig
-from model.errors import TokenizerError
+from model.errors import CheckpointError, TokenizerError
+from model.manifest import read_manifest, weights_digest
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from training.batches import MicroBatches, Sequences
@@ -25,6 +26,7 @@ from training.data.dataset import Dataset, make_loader, open_dataset
 from training.distributed import Distributed, init_distributed
 from training.errors import RecipeError
 from training.generate import prompt_ids
+from training.init_from import describe_start
 from training.launch import one_voice
 from training.lora import add_adapters
 from training.optim import build_optimizers
@@ -80,6 +82,8 @@ def run_on_rank(config: TrainConfig, resume: Resume, console: Console, distribut
         count = _describe_size(trainer.model)
         where = f"{distributed.world_size} × {distributed.device}" if distributed.world_size > 1 else distributed.device
         report.line(f"run {trainer.run_id}: {count} on {where}, from step {trainer.progress.step}")
+        if config.model.init_from is not None and trainer.progress.step == 0 and distributed.is_main:
+            report.line(describe_start(Path(config.model.init_from), inputs.dataset.tokenizer))
         finished = trainer.run()
         report.line(f"{'finished' if finished else 'stopped and saved'} at step {trainer.progress.step}")
     return finished
@@ -143,10 +147,22 @@ def make_trainer(config: TrainConfig, inputs: Inputs, console: Console, distribu
             config=config, stepper=stepper, validation=inputs.dataset.val, checkpoints=checkpoints,
             saver=stack.enter_context(Saver(background=config.run.async_save)), log=log, run_id=run_id,
             data_digest=inputs.dataset.digest, progress=progress,
+            parent=_parent(config, found) if distributed.is_main else None,
         )  # fmt: skip
         if found is None:
             trainer.save_start()
         yield trainer
+
+
+def _parent(config: TrainConfig, found: FoundState | None) -> str | None:
+    """The digest of the weights that the run began with: its checkpoint says it, for the folder may have gone on."""
+    if config.model.init_from is None:
+        return None
+    with contextlib.suppress(CheckpointError):  # a damaged checkpoint is written anew
+        last = read_manifest(Path(config.run.dir) / "checkpoints" / "last") if found is not None else None
+        if last is not None and last.provenance.parent is not None:
+            return last.provenance.parent
+    return weights_digest(Path(config.model.init_from))
 
 
 def _find_state(

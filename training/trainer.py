@@ -40,7 +40,8 @@ from training.step import Stepper, StepResult
 class Trainer:
     """Runs a recipe from `progress` to its last step; all ranks do, and rank 0 writes.
 
-    `should_stop` is asked at every step. Whoever opened `saver` and `log` closes them, and so waits for the last save.
+    `should_stop` is asked at every step. `parent` is the digest of the weights that the run started from, if it did.
+    Whoever opened `saver` and `log` closes them, and so waits for the last save.
     """
 
     config: TrainConfig
@@ -52,6 +53,7 @@ class Trainer:
     run_id: str
     data_digest: str
     progress: Progress = field(default_factory=Progress)
+    parent: str | None = None
     should_stop: Callable[[], bool] = lambda: False
     _snapshots: Snapshots = field(init=False)
     _flops_per_token: float = field(init=False)
@@ -123,13 +125,8 @@ class Trainer:
 
     def _validate(self) -> bool:
         """Validates, logs and shows a sample. True when no validation was better before."""
-        settings, model = self.config.train, self.stepper.model
-        with model.evaluating():
-            evaluate = evaluate_examples if isinstance(self.validation, ExampleSplit) else evaluate_windows
-            result = evaluate(
-                model.validation_loss, self.validation, self.stepper.distributed, seq_len=settings.seq_len,
-                batch_size=settings.batch_size, max_tokens=settings.eval_tokens,
-            )  # fmt: skip
+        with self.stepper.model.evaluating():
+            result = self._evaluate()
         if not math.isfinite(result.loss):
             raise DivergedError(
                 f"the validation loss is {result.loss} at step {self.progress.step}; lower train.lr and start a new "
@@ -141,6 +138,18 @@ class Trainer:
         self._show_sample()
         self.log.page(now=False)
         return is_best
+
+    def _evaluate(self) -> Evaluation:
+        settings, model, ranks = self.config.train, self.stepper.model, self.stepper.distributed
+        if isinstance(self.validation, ExampleSplit):
+            return evaluate_examples(
+                model.validation_loss, self.validation, ranks, seq_len=settings.seq_len,
+                batch_size=settings.batch_size, max_tokens=settings.eval_tokens,
+            )  # fmt: skip
+        return evaluate_windows(
+            model.validation_loss, self.validation, ranks, seq_len=settings.seq_len, batch_size=settings.batch_size,
+            max_tokens=settings.eval_tokens,
+        )  # fmt: skip
 
     def _show_sample(self) -> None:
         if not self.config.run.sample_tokens:
@@ -252,6 +261,7 @@ class Trainer:
             step=self.progress.step,
             run=self.run_id,
             data=f"sha256:{self.data_digest}",
+            parent=self.parent,
             validation_loss=result.loss if result else None,
             bits_per_byte=result.bits_per_byte if result else None,
         )

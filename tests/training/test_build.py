@@ -179,8 +179,9 @@ def test_training_starts_from_the_weights_of_a_hugging_face_folder(family: str, 
         expected = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()(some_ids()).logits
     torch.testing.assert_close(logits(model, some_ids())[..., :257], expected, rtol=1e-4, atol=1e-5)
     head = model.embed_tokens.weight if model.lm_head is None else model.lm_head.weight
-    for weight in (model.embed_tokens.weight, head):
-        assert 0.017 < weight[257:].std().item() < 0.023  # 63 * 32 draws of 0.02
+    for weight in (model.embed_tokens.weight, head):  # rows that no token has: see test_resize.py
+        spread, mean = torch.std_mean(weight[:257], dim=0)
+        assert ((weight[257:] - mean).abs() < 0.05 * spread).all()
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
