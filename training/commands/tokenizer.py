@@ -110,3 +110,88 @@ def _progress(quiet: bool) -> Iterator[tuple[OnProgress, Callable[[str], None]]]
             console.print(f"notice: {line}", style="yellow", markup=False, soft_wrap=True)
 
         yield on_progress, on_notice
+
+
+@tokenizer_app.command("analyze")
+def analyze_command(
+    tokenizers: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="TOKENIZER…", help="gpt2, bytes, char (the text's characters), a tokenizer.json or its folder"
+        ),
+    ],
+    input: InputOption = None,
+    plot: Annotated[Path | None, typer.Option(help="draw bars into this .png, .svg or .pdf")] = None,
+    text_key: TextKeyOption = None,
+    sha256: Sha256Option = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Compare tokenizers on a text: length in tokens, compression, unknown words."""
+    from training.tokenizers.analyze import analyze
+    from training.tokenizers.plot import check_plot_path, plot_analyses
+
+    if plot is not None:
+        check_plot_path(plot)
+    with _progress(as_json) as (on_progress, on_notice):
+        request = _corpus(input, None, sha256, text_key)
+        rows = analyze(tokenizers, request, on_progress=on_progress, on_notice=on_notice)
+    if plot is not None:
+        plot_analyses(rows, plot)
+    measured = ("tokens_per_word", "characters_per_token", "bytes_per_token", "unknown_rate", "whole_rate")
+    values = [
+        {"tokenizer": row.name, "kind": row.kind, "vocab_size": row.vocab_size, "tokens": row.tokens}
+        | {name: getattr(row, name) for name in measured}
+        for row in rows
+    ]
+    text = {"characters": rows[0].characters, "bytes": rows[0].num_bytes, "words": rows[0].words}
+    plotted = {} if plot is None else {"plot": str(plot)}
+    heads = ("vocabulary", "tokens", "tokens/word", "chars/token", "bytes/token", "unknown", "whole")
+    width = max(len("tokenizer"), *(len(row.name) for row in rows))
+    print_result(as_json, {"text": text, "tokenizers": values, **plotted}, [
+        f"{text['characters']:,} characters, {text['bytes']:,} bytes, {text['words']:,} words",
+        f"{'tokenizer':{width}} " + " ".join(f"{head:>11}" for head in heads),
+        *(f"{row.name:{width}} {row.vocab_size:11,} {row.tokens:11,} {row.tokens_per_word:11.3f} "
+          f"{row.characters_per_token:11.3f} {row.bytes_per_token:11.3f} "
+          f"{row.unknown_rate:11.2%} {row.whole_rate:11.2%}"
+          for row in rows),
+        *([] if plot is None else [f"plot: {plot}"]),
+    ])  # fmt: skip
+
+
+@tokenizer_app.command("show")
+def show_command(
+    tokenizer: Annotated[str, typer.Argument(help="gpt2, bytes, a tokenizer.json or its folder")],
+    text: Annotated[str, typer.Argument(help="text to take apart")],
+    as_text: Annotated[
+        bool, typer.Option("--as-text", help="read special tokens in the text as text, as in what users send")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Take a text apart: each token's id, bytes, text and place."""
+    from training.data.named_tokenizer import named_tokenizer
+    from training.tokenizers.show import walk_through
+
+    shown = walk_through(named_tokenizer(tokenizer, "TOKENIZER"), text, read_special=not as_text)
+    pieces = [
+        {"id": piece.token_id, "bytes": piece.data.hex(), "text": piece.text, "token": piece.spelling,
+         "start": piece.start, "end": piece.end, "special": piece.is_special}
+        for piece in shown.pieces
+    ]  # fmt: skip
+    values = {
+        "text": shown.text, "normalized": shown.normalized, "pieces": pieces, "decoded": shown.decoded,
+        "round_trip": shown.round_trip, "exact": shown.decoded == shown.plain,
+    }  # fmt: skip
+    normalized = [] if shown.normalized == shown.plain else [f"normalised: {shown.normalized!r}"]
+    rows = (
+        f"{number:5} {piece.token_id:8} {piece.start:>5}–{piece.end:<5} {piece.data.hex(' '):24} {piece.literal}"
+        + ("  special" if piece.is_special else "")
+        for number, piece in enumerate(shown.pieces)
+    )
+    trip = "ok" if shown.round_trip else f"not ok, the tokens decode to {shown.decoded!r}"
+    print_result(as_json, values, [
+        f"{len(text):,} characters, {len(text.encode()):,} bytes, {len(pieces):,} tokens",
+        *normalized,
+        f"{'':5} {'id':>8} {'characters':11} {'bytes':24} text",
+        *rows,
+        f"round trip: {trip}",
+    ])  # fmt: skip
