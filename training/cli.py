@@ -23,6 +23,7 @@ from training.commands.latency import latency_command
 from training.commands.prepare import prepare_command
 from training.commands.recipe import recipe_command
 from training.commands.report import report_command
+from training.commands.selftest import selftest_command
 from training.commands.tokenizer import tokenizer_app
 from training.commands.train import EPILOG, train
 
@@ -37,6 +38,7 @@ app.command("train", epilog=EPILOG)(train)
 app.command("evaluate")(evaluate)
 app.command("latency")(latency_command)
 app.command("generate")(generate_command)
+app.command("selftest")(selftest_command)
 app.command("report")(report_command)
 app.command("import")(import_command)
 app.command("export")(export)

@@ -59,6 +59,6 @@ EarlyStopping = Annotated[
 Stream = Annotated[bool, _output("show text as it comes", "--stream")]
 Echo = Annotated[bool, _output("show each prompt before its text")]
 LogprobsOption = Annotated[int | None, _output("best alternatives of each token, for --json and --out")]
-Out = Annotated[Path | None, _output("new file of JSON lines, one for each prompt")]
+Out = Annotated[Path | None, _output("new file of JSON lines, one for each text")]
 Verbose = Annotated[bool, _output("tell the speed on the standard error", "--verbose")]
 BatchSize = Annotated[int, typer.Option(min=1, help="texts generated at a time")]

@@ -131,12 +131,14 @@ def check_out(path: Path) -> None:
 
 
 def write_results(path: Path, results: Sequence[Result]) -> None:
-    """A JSON object for each prompt, a line each; the file appears whole."""
+    """A JSON object for each text, a line each, with its prompt; the file appears whole."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
             for result in results:
-                file.write(json.dumps(result.values(), ensure_ascii=False) + "\n")
+                for sample in result.samples:
+                    row = {"prompt": result.prompt.text, **sample_values(sample)}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
