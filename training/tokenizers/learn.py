@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from model.tokenizer.byte_bpe import BYTE_ALPHABET, byte_bpe_model
+from model.tokenizer.byte_bpe import byte_bpe_model, spell_bytes
 from model.tokenizer.encoders import bytes_document, characters_document
 from model.tokenizer.files import END_OF_TEXT, special_token_entry, tokenizer_document
 from model.tokenizer.normalizer import Normalizer
@@ -29,7 +29,7 @@ Pretokenizer = Literal["gpt2", "devanagari", "whitespace"]
 UNKNOWN = "[UNK]"
 _PREFIX = "##"
 # Longer ones, such as lines of dashes, would only fill the vocabulary.
-_MAX_TOKEN_BYTES = 64
+_MAX_TOKEN_CHARACTERS = 32
 # BERT's bound: a longer word is unknown, because its pieces take time that grows with the square of its length.
 _MAX_WORD_CHARACTERS = 100
 # Each sign stands alone, so that no word begins with the prefix, and none is a special token's text.
@@ -72,7 +72,7 @@ def learn(plan: Plan, read: Callable[[str], Iterable[str]], on_notice: Callable[
         case "char":
             return _learn_characters(plan, _count_characters(plan, read))
         case "bpe":
-            return _learn_bpe(plan, read("counting words"))
+            return _learn_bpe(plan, _count_characters(plan, read), read("counting words"))
         case "wordpiece":
             alphabet = _alphabet(plan, _count_characters(plan, read), on_notice)
             return _learn_word_pieces(plan, alphabet, read("counting words"))
@@ -91,28 +91,58 @@ def _learn_characters(plan: Plan, counts: Counter[str]) -> Document:
     return characters_document(ids, special) | {"normalizer": plan.normalizer.document()}
 
 
-def _learn_bpe(plan: Plan, texts: Iterable[str]) -> Document:
+def _learn_bpe(plan: Plan, counts: Counter[str], texts: Iterable[str]) -> Document:
+    """Byte-level BPE whose first merges build the text's characters, so that its tokens hold whole ones.
+
+    Pairs are then counted over characters. Counted over bytes, as GPT-2's, many tokens of scripts beyond Latin end
+    within a character: what a model writes could be shown only a token later, and a text that ends there is damaged.
+    """
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
     plan.require_size(256 + len(plan.special_tokens), "256 bytes and the special tokens")
+    tokens = [*(bytes([byte]) for byte in range(256))]
+    merges = _character_merges(plan, counts, plan.vocab_size - len(plan.special_tokens) - len(tokens))
+    tokens += [left + right for left, right in merges]
+    alphabet = [character for character in counts if character.encode() in set(tokens)]
     tokenizer = Tokenizer(models.BPE())
     trainer = trainers.BpeTrainer(
-        vocab_size=plan.vocab_size, min_frequency=plan.min_frequency, special_tokens=list(plan.special_tokens),
-        initial_alphabet=list(BYTE_ALPHABET), max_token_length=_MAX_TOKEN_BYTES, show_progress=False,
+        vocab_size=len(alphabet) + plan.vocab_size - len(plan.special_tokens) - len(tokens),
+        min_frequency=plan.min_frequency, limit_alphabet=len(alphabet), initial_alphabet=alphabet,
+        max_token_length=_MAX_TOKEN_CHARACTERS, show_progress=False,
     )  # fmt: skip
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(plan.pattern), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])  # fmt: skip
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(plan.pattern), "isolated")
     tokenizer.train_from_iterator(map(plan.normalizer, texts), trainer)
-    vocab, merges = _read_model(tokenizer)
+    known = set(tokens)
+    for left, right in _read_model(tokenizer)[1]:
+        pair = (left.encode(), right.encode())
+        if (token := b"".join(pair)) not in known:  # two pairs may join to one text
+            known.add(token)
+            tokens.append(token)
+            merges.append(pair)
+    spellings = list(map(spell_bytes, tokens))
+    if clash := set(spellings) & set(plan.special_tokens):
+        raise special_token_clash(clash.pop())
+    vocab = {token: place for place, token in enumerate([*plan.special_tokens, *spellings])}
     return tokenizer_document(
-        model=byte_bpe_model(vocab, merges),
+        model=byte_bpe_model(vocab, [[spell_bytes(left), spell_bytes(right)] for left, right in merges]),
         pre_tokenizer=byte_level_words(plan.pattern),
         decoder=byte_level(use_regex=True),
         added_tokens=_special_entries(vocab, plan.special_tokens),
         normalizer=plan.normalizer.document(),
     )
+
+
+def _character_merges(plan: Plan, counts: Counter[str], room: int) -> list[tuple[bytes, bytes]]:
+    """The merges that build characters of several bytes, the most frequent first, as far as three quarters of the room
+    go: of a character of three bytes the first two, which its neighbours share, then the third."""
+    merges: dict[bytes, tuple[bytes, bytes]] = {}
+    for character, count in sorted(counts.items(), key=lambda entry: (-entry[1], entry[0])):
+        data = character.encode()
+        new = {data[:end]: (data[: end - 1], data[end - 1 : end]) for end in range(2, len(data) + 1)}
+        if count < plan.min_frequency or len(merges | new) > room * 3 // 4:
+            break
+        merges |= new
+    return [merges[token] for token in sorted(merges, key=lambda token: (len(token), token))]
 
 
 def _learn_word_pieces(plan: Plan, alphabet: Sequence[str], texts: Iterable[str]) -> Document:
@@ -195,3 +225,8 @@ def special_tokens(extra: Sequence[str]) -> tuple[str, ...]:
         if token == UNKNOWN:
             raise RecipeError(f"--special {UNKNOWN} is the mark of the unknown; choose another name")
     return tuple(dict.fromkeys((END_OF_TEXT, *extra)))
+
+
+def special_token_clash(token: str) -> RecipeError:
+    """Ordinary text would become the special token."""
+    return RecipeError(f"--special {token}: a word of the text reads the same; write it as <|{token.strip('<|>')}|>")

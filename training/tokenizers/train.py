@@ -23,7 +23,16 @@ from model.tokenizer.normalizer import Normalizer
 from training.data.prepare import OnProgress
 from training.errors import RecipeError
 from training.tokenizers.corpus import CorpusRequest, TextStream, open_corpus
-from training.tokenizers.learn import UNKNOWN, Document, Kind, Plan, Pretokenizer, learn, special_tokens
+from training.tokenizers.learn import (
+    UNKNOWN,
+    Document,
+    Kind,
+    Plan,
+    Pretokenizer,
+    learn,
+    special_token_clash,
+    special_tokens,
+)
 
 Form = Literal["none", "nfc", "nfkc"]
 
@@ -176,7 +185,7 @@ def _check_special_tokens(tokenizer: Tokenizer, special: tuple[str, ...]) -> Non
             except TokenizerError:  # characters that the vocabulary lacks
                 continue
             if token_id in ids:
-                raise RecipeError(f"--special {token}: a word of the text reads the same; write it as <|{token}|>")
+                raise special_token_clash(token)
 
 
 def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
