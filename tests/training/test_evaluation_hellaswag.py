@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from training import loss as loss_module
 from training.errors import DataError
 from training.evaluate import open_checkpoint
 from training.evaluation import hellaswag
-from training.evaluation.hellaswag import Item, ending_losses, multiple_choice, read_items
+from training.evaluation.hellaswag import ending_losses, multiple_choice
+from training.evaluation.hellaswag_rows import Item, read_items
 
 ROWS: list[dict[str, Any]] = [
     {"ind": 0, "activity_label": "Writing", "ctx_a": "A hand takes a quill.", "ctx_b": "it",
@@ -49,9 +51,14 @@ def rows_file(tmp_path: Path) -> Path:
     return path
 
 
+@cache
+def transformers_model(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+
+
 def transformers_losses(folder: Path, row: dict[str, Any]) -> list[tuple[float, float]]:
     """Sum and mean, in nats, of each ending's cross-entropies. The tokens are the bytes of the text."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    model = transformers_model(folder)
     losses = []
     for ending in row["endings"]:
         context, behind = list(row["ctx"].encode()), list((" " + ending).encode())

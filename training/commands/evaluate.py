@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -9,6 +10,7 @@ import typer
 
 from training.commands.options import DeviceOption, DtypeOption, JsonFlag
 from training.errors import RecipeError
+from training.evaluation.result_tables import generation_table, hellaswag_table, prediction_table
 from training.evaluation.tables import ResultTable, require_writable, show
 
 if TYPE_CHECKING:
@@ -73,6 +75,10 @@ def evaluate(
     min_p: Annotated[float, typer.Option(help="0 = off", rich_help_panel=_WRITING)] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="1 = off", rich_help_panel=_WRITING)] = 1.0,
     seed: Annotated[int, typer.Option(help="of the first prompt; the next has the next", rich_help_panel=_WRITING)] = 0,
+    control: Annotated[
+        list[str] | None,
+        typer.Option(help="name=value, declared when the data was prepared; repeatable", rich_help_panel=_WRITING),
+    ] = None,
     pattern: Annotated[
         str | None,
         typer.Option(
@@ -97,7 +103,9 @@ def evaluate(
     """Measure a checkpoint: loss, perplexity and bits per byte of a text; accuracy on HellaSwag; BLEU, diversity and
     repetition of what it generates. Several at once where several are named. Coherence is for readers to judge."""
     from model.sampling_params import SamplingParams
+    from training.evaluation.hellaswag_rows import read_items
     from training.evaluation.progress import progress_bars
+    from training.evaluation.samples import check_measures, read_prompts, read_samples, score, write_samples
 
     texts = _texts(text, more)
     needs_model = data is not None or bool(texts) or hellaswag is not None or generate_from is not None
@@ -108,30 +116,39 @@ def evaluate(
         max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         repetition_penalty=repetition_penalty, seed=seed,
     )  # fmt: skip
+    # What is wrong with a file is told before a model is loaded and hours of measuring begin.
+    items = None if hellaswag is None else read_items(hellaswag, limit)
+    prompts = None if generate_from is None else read_prompts(generate_from, limit)
+    written = None if samples is None else read_samples(samples, limit)
+    check_measures(prompts or written or (), tokenize=bleu_tokenize, pattern=pattern)
     values: dict[str, Any] = {}
     tables: list[ResultTable] = []
     with progress_bars(enabled=not as_json) as on_progress:
-        loaded = _load(checkpoint, device, dtype) if checkpoint is not None and needs_model else None
-        if loaded is not None and (data is not None or texts):
-            from training.evaluate import TextSource
+        if checkpoint is not None and needs_model:
+            from training.build import DTYPES
+            from training.evaluate import TextSource, open_checkpoint
 
-            result = loaded.evaluate(
-                TextSource(data, split, texts), seq_len=seq_len, stride=stride, batch_size=batch_size,
-                on_progress=on_progress,
-            )  # fmt: skip
-            values |= result.values()
-            tables.append(_prediction_table(values))
-        if loaded is not None and hellaswag is not None:
-            values["hellaswag"] = _hellaswag(loaded, hellaswag, limit, batch_size, on_progress)
-            tables.append(_hellaswag_table(values["hellaswag"]))
-        if samples is not None or generate_from is not None:
-            from training.evaluation.samples import score, write_samples
+            loaded = open_checkpoint(checkpoint, device=device, dtype=DTYPES[dtype])
+            if data is not None or texts:
+                source = TextSource(data, split, texts)
+                values |= loaded.evaluate(
+                    source, seq_len=seq_len, stride=stride, batch_size=batch_size, on_progress=on_progress
+                ).values()
+                tables.append(prediction_table(values))
+            if items is not None:
+                from training.evaluation.hellaswag import multiple_choice
 
-            written = _samples(loaded, samples, generate_from, limit, params, on_progress)
-            if save_samples is not None:
-                write_samples(save_samples, written)
-            values["generation"] = score(written, tokenize=bleu_tokenize, pattern=pattern)
-            tables.append(_generation_table(values["generation"]))
+                values["hellaswag"] = multiple_choice(
+                    loaded.model, loaded.tokenizer, items, batch_size=batch_size, on_progress=on_progress
+                ).values()
+                tables.append(hellaswag_table(values["hellaswag"]))
+            if prompts is not None:
+                written = _generate(loaded, prompts, params, control or (), batch_size, on_progress)
+    if written is not None:
+        if save_samples is not None:
+            write_samples(save_samples, written)
+        values["generation"] = score(written, tokenize=bleu_tokenize, pattern=pattern)
+        tables.append(generation_table(values["generation"]))
     show(values, tables, as_json=as_json, out=out)
 
 
@@ -158,82 +175,17 @@ def _check(
         raise RecipeError("--save-samples keeps what --generate-from generates; give that too")
 
 
-def _load(folder: Path, device: str, dtype: str) -> LoadedCheckpoint:
-    from training.build import DTYPES
-    from training.evaluate import open_checkpoint
-
-    return open_checkpoint(folder, device=device, dtype=DTYPES[dtype])
-
-
-def _hellaswag(
-    loaded: LoadedCheckpoint, source: str, limit: int | None, batch_size: int, on_progress: OnProgress
-) -> dict[str, Any]:
-    from training.evaluation.hellaswag import multiple_choice, read_items
-
-    items = read_items(source, limit)
-    return multiple_choice(
-        loaded.model, loaded.tokenizer, items, batch_size=batch_size, on_progress=on_progress
-    ).values()
-
-
-def _samples(
-    loaded: LoadedCheckpoint | None,
-    samples: Path | None,
-    generate_from: Path | None,
-    limit: int | None,
+def _generate(
+    loaded: LoadedCheckpoint,
+    prompts: Sequence[GeneratedText],
     params: SamplingParams,
+    controls: Sequence[str],
+    batch_size: int,
     on_progress: OnProgress,
 ) -> list[GeneratedText]:
-    from training.evaluation.samples import read_prompts, read_samples
-
-    if samples is not None:
-        return read_samples(samples, limit)
-    assert loaded is not None
-    assert generate_from is not None
+    from model.controls import read_controls
     from training.evaluation.generating import generate_texts
+    from training.generate import TextGenerator
 
-    return generate_texts(loaded.model, loaded.tokenizer, read_prompts(generate_from, limit), params, on_progress)
-
-
-def _prediction_table(values: dict[str, Any]) -> ResultTable:
-    perplexity = values["perplexity"]
-    rows = [
-        ("loss", f"{values['loss']:.4f}", "nats per token"),
-        ("perplexity", "overflow" if perplexity is None else f"{perplexity:.3f}", "exp(loss)"),
-        ("bits per byte", f"{values['bits_per_byte']:.4f}", "of the text in UTF-8"),
-        ("tokens", f"{values['tokens']:,}", "predicted"),
-    ]
-    return ResultTable("Prediction", ("", "", ""), rows, text_columns=(0, 2))
-
-
-def _hellaswag_table(values: dict[str, Any]) -> ResultTable:
-    rows = [
-        ("acc", f"{values['acc']:.4f}", f"± {values['acc_stderr']:.4f}, by the sum over the ending's tokens"),
-        ("acc_norm", f"{values['acc_norm']:.4f}", f"± {values['acc_norm_stderr']:.4f}, by the mean over them"),
-        ("items", f"{values['items']:,}", f"{values['cut']:,} of them cut to the model's context"),
-    ]
-    return ResultTable("HellaSwag", ("", "", ""), rows, text_columns=(0, 2))
-
-
-def _generation_table(values: dict[str, Any]) -> ResultTable:
-    bleu, pattern = values["bleu"], values["pattern"]
-    rows = [
-        ("texts", f"{values['texts']:,}", ""),
-        ("mean length", _number(values["mean_tokens"], ".1f"), "tokens"),
-        ("", _number(values["mean_words"], ".1f"), "words"),
-        ("", _number(values["mean_characters"], ".1f"), "characters"),
-        *(
-            (f"distinct-{order}", _number(values[f"distinct_{order}"]), "different n-grams over all")
-            for order in (1, 2, 3, 4)
-        ),
-        ("diversity", _number(values["diversity"]), "mean of distinct-1 to distinct-4"),
-        ("repetition", _number(values["repetition"]), "4-grams that stood in the same text before"),
-        ("BLEU-4", _number(bleu and bleu["score"], ".2f"), bleu["signature"] if bleu else "no references"),
-    ]
-    if pattern is not None:
-        rows.append(("pattern", _number(pattern["share"]), f"of {pattern['lines']:,} lines match {pattern['pattern']}"))
-    return ResultTable("Generated texts", ("", "", ""), rows, text_columns=(0, 2))
-
-
-def _number(value: float | None, form: str = ".4f") -> str:
-    return "–" if value is None else f"{value:{form}}"
+    generator = TextGenerator(loaded.model, loaded.tokenizer, controls=read_controls(loaded.folder))
+    return generate_texts(generator, prompts, params, controls=controls, batch_size=batch_size, on_progress=on_progress)

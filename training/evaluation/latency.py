@@ -10,7 +10,6 @@ so they are random, and so are a preset's weights.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,17 +117,16 @@ def weights_bytes(model: Transformer) -> int:
 def median_seconds(run: Callable[[], object], device: torch.device, *, warmup: int, repeats: int) -> float:
     """Median over `repeats` calls, each waited for, after `warmup` untimed ones."""
     seconds = []
-    for number in range(warmup + repeats):
+    for _ in range(warmup + repeats):
         _synchronize(device)
         start = perf_counter()
         run()
         _synchronize(device)
-        if number >= warmup:
-            seconds.append(perf_counter() - start)
-    return median(seconds)
+        seconds.append(perf_counter() - start)
+    return median(seconds[warmup:])
 
 
-class _Passes:
+class Passes:
     """Prefill and decode of one batch; each can be called again and begins where it began before."""
 
     def __init__(self, model: Transformer, batch_size: int, length: int, new_tokens: int) -> None:
@@ -139,15 +137,19 @@ class _Passes:
         self.cache = model.new_dense_cache(batch_size, length + new_tokens)
         self.next_ids = self.ids[:, -1:]
 
-    def prefill(self) -> None:
+    def prefill(self) -> Tensor:
+        """The first token behind each sequence, [B, 1]."""
         self.cache.length = 0
         self.next_ids = self._pass(self.ids)
+        return self.next_ids
 
-    def decode(self) -> None:
+    def decode(self) -> list[Tensor]:
+        """The `new_tokens` tokens behind the first ones, each [B, 1]."""
         self.cache.length = self.length
-        ids = self.next_ids
+        tokens = [self.next_ids]
         for _ in range(self.new_tokens):
-            ids = self._pass(ids)
+            tokens.append(self._pass(tokens[-1]))
+        return tokens[1:]
 
     def _pass(self, ids: Tensor) -> Tensor:
         """The likeliest next tokens, [B, 1]."""
@@ -156,11 +158,10 @@ class _Passes:
 
 def _measure(model: Transformer, plan: LatencyPlan, batch_size: int, length: int) -> LatencyCell:
     device = model.device
-    gc.collect()  # of the last cell
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    passes = _Passes(model, batch_size, length, plan.new_tokens)
+    passes = Passes(model, batch_size, length, plan.new_tokens)
     prefill = median_seconds(passes.prefill, device, warmup=plan.warmup, repeats=plan.repeats)
     decode = median_seconds(passes.decode, device, warmup=plan.warmup, repeats=plan.repeats)
     return LatencyCell(

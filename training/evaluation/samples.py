@@ -22,7 +22,14 @@ from training.data.compressed import Meter
 from training.data.readers import ReadOptions, file_format, read_file
 from training.errors import DataError
 from training.evaluation.json_rows import read_rows
-from training.evaluation.text_metrics import BleuTokenizer, bleu, pattern_matches, text_statistics
+from training.evaluation.text_metrics import (
+    BleuTokenizer,
+    bleu,
+    bleu_metric,
+    compiled,
+    pattern_matches,
+    text_statistics,
+)
 
 
 class _Row(msgspec.Struct, omit_defaults=True):
@@ -60,6 +67,14 @@ def write_samples(path: Path, samples: Sequence[GeneratedText]) -> None:
     rows = [{name: value for name, value in asdict(sample).items() if value not in (None, ())} for sample in samples]
     content = "".join(json.dumps({"text": ""} | row, ensure_ascii=False) + "\n" for row in rows)
     replace_file(path, content.encode())
+
+
+def check_measures(samples: Sequence[GeneratedText], *, tokenize: BleuTokenizer, pattern: str | None) -> None:
+    """Before texts are generated: raise RecipeError for what `score` would refuse afterwards."""
+    if any(sample.references for sample in samples):
+        bleu_metric(tokenize)
+    if pattern is not None:
+        compiled(pattern)
 
 
 def score(

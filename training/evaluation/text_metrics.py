@@ -102,11 +102,7 @@ def bleu(texts: Sequence[str], references: Sequence[Sequence[str]], tokenize: Bl
     `tokenize` is sacrebleu's: 13a for languages that put spaces between words, intl for Unicode punctuation, char,
     none for text that is tokenised already. Raises RecipeError without sacrebleu.
     """
-    try:
-        from sacrebleu.metrics.bleu import BLEU
-    except ImportError:
-        raise RecipeError("BLEU needs sacrebleu; install quill's extra `evaluation`") from None
-    metric = BLEU(tokenize=tokenize, max_ngram_order=MAX_ORDER)
+    metric = bleu_metric(tokenize)
     most = max(map(len, references))
     # sacrebleu takes the first references of all texts, then the second ones …, None where a text has fewer.
     columns: list[Any] = [[own[number] if number < len(own) else None for own in references] for number in range(most)]
@@ -114,15 +110,29 @@ def bleu(texts: Sequence[str], references: Sequence[Sequence[str]], tokenize: Bl
     return Bleu(result.score, tuple(result.precisions), result.bp, str(metric.get_signature()))
 
 
+def bleu_metric(tokenize: BleuTokenizer) -> Any:
+    """sacrebleu's metric. Raises RecipeError without the library."""
+    try:
+        from sacrebleu.metrics.bleu import BLEU
+    except ImportError:
+        raise RecipeError("BLEU needs sacrebleu; install quill's extra `evaluation`") from None
+    return BLEU(tokenize=tokenize, max_ngram_order=MAX_ORDER)
+
+
 def pattern_matches(texts: Sequence[str], pattern: str) -> PatternMatches:
     """`pattern` is of Python's `re` and is searched in each line; ^ and $ bind it to the whole line.
 
     Raises RecipeError for one that is no regular expression.
     """
-    try:
-        expression = re.compile(pattern)
-    except re.error as error:
-        raise RecipeError(f"--pattern {pattern!r} is no regular expression ({error}); mend it") from None
+    expression = compiled(pattern)
     lines = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
     found = sum(expression.search(line) is not None for line in lines)
     return PatternMatches(pattern, len(lines), found / len(lines) if lines else None)
+
+
+def compiled(pattern: str) -> re.Pattern[str]:
+    """Raises RecipeError for what is no regular expression."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise RecipeError(f"--pattern {pattern!r} is no regular expression ({error}); mend it") from None
