@@ -25,14 +25,13 @@ from training.evaluation.latency import (
     measure_latency,
     median_seconds,
     open_model,
-    weights_bytes,
 )
 
 
 @pytest.fixture(params=["gpt2", "llama"])
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> Transformer:
     folder = save_tiny_model(tmp_path / request.param, request.param, context=64)
-    return open_model(str(folder), device="cpu", dtype=torch.float32)
+    return open_model(str(folder), device="cpu", dtype=torch.float32).model
 
 
 def test_what_is_timed_is_greedy_generation(model: Transformer) -> None:
@@ -87,7 +86,6 @@ def test_figures_follow_from_times_and_sizes(model: Transformer, monkeypatch: py
         config = model.config
         assert cell.cache_bytes == 2 * config.num_layers * config.num_kv_heads * config.head_dim * 16 * blocks * 4
     assert told == [("measuring", done, 4) for done in (1, 2, 3, 4)]
-    assert weights_bytes(model) == 4 * sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_lengths_fit_the_context() -> None:
@@ -111,7 +109,10 @@ def test_too_little_memory_names_the_cell(model: Transformer, monkeypatch: pytes
 
 
 def test_a_preset_has_random_weights_of_the_type_asked_for() -> None:
-    model = open_model("tiny", device="cpu", dtype=torch.bfloat16)
+    opened = open_model("tiny", device="cpu", dtype=torch.bfloat16)
+    model = opened.model
+    assert opened.num_parameters == sum(parameter.numel() for parameter in Transformer(model.config).parameters())
+    assert opened.weights_bytes == 2 * opened.num_parameters
     assert model.config == create_config("llama-tiny")
     assert model.dtype == torch.bfloat16
     assert not model.training

@@ -93,7 +93,7 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, help="only so many rows of --hellaswag, --generate-from or --samples")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="windows, or endings, at a time")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="windows, endings or prompts at a time")] = 16,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
     out: Annotated[Path | None, typer.Option(help="JSON file for the results", rich_help_panel=_OUTPUT)] = None,
@@ -187,5 +187,7 @@ def _generate(
     from training.evaluation.generating import generate_texts
     from training.generate import TextGenerator
 
+    if loaded.model.device.type == "cpu":
+        loaded.model.pack_for_cpu()  # as `generate` does, whose texts these shall be
     generator = TextGenerator(loaded.model, loaded.tokenizer, controls=read_controls(loaded.folder))
     return generate_texts(generator, prompts, params, controls=controls, batch_size=batch_size, on_progress=on_progress)

@@ -41,22 +41,22 @@ def latency_command(
     import torch
 
     from training.build import DTYPES
-    from training.evaluation.latency import LatencyPlan, fitting_lengths, measure_latency, open_model, weights_bytes
+    from training.evaluation.latency import LatencyPlan, fitting_lengths, measure_latency, open_model
     from training.evaluation.progress import progress_bars
 
     opened = open_model(model, device=device, dtype=DTYPES[dtype])
-    context = opened.config.max_seq_len
+    device_used, context = opened.model.device, opened.model.config.max_seq_len
     plan = LatencyPlan(sizes, fitting_lengths(wanted, new_tokens, context), new_tokens, warmup, repeats)
     with progress_bars(enabled=not as_json) as on_progress:
-        cells = measure_latency(opened, plan, on_progress)
+        cells = measure_latency(opened.model, plan, on_progress)
     values: dict[str, Any] = {
         "model": model,
-        "device": str(opened.device),
-        "device_name": torch.cuda.get_device_name(opened.device) if opened.device.type == "cuda" else None,
+        "device": str(device_used),
+        "device_name": torch.cuda.get_device_name(device_used) if device_used.type == "cuda" else None,
         "dtype": dtype,
         "threads": torch.get_num_threads(),
-        "parameters": sum(parameter.numel() for parameter in opened.parameters()),
-        "weights_bytes": weights_bytes(opened),
+        "parameters": opened.num_parameters,
+        "weights_bytes": opened.weights_bytes,
         "new_tokens": new_tokens,
         "grid": [asdict(cell) for cell in cells],
     }

@@ -59,20 +59,37 @@ class LatencyCell:
     peak_bytes: int | None
 
 
-def open_model(name: str, *, device: str, dtype: torch.dtype) -> Transformer:
-    """A checkpoint folder's model, or a preset's with random weights.
+@dataclass(frozen=True, slots=True)
+class OpenedModel:
+    """A model in eval mode, on a CPU with its products laid out for it; its sizes are those before that."""
+
+    model: Transformer
+    num_parameters: int
+    weights_bytes: int
+
+
+def open_model(name: str, *, device: str, dtype: torch.dtype) -> OpenedModel:
+    """A checkpoint folder's model, or a preset's with random weights, as `generate` and the server run it.
 
     Raises RecipeError for a name that is neither, ConfigError or CheckpointError for a folder that cannot be loaded.
     """
-    place = resolve_device(device)
+    model = _load(name, resolve_device(device), dtype)
+    parameters = list(model.parameters())
+    sizes = sum(each.numel() for each in parameters), sum(each.nbytes for each in parameters)
+    if model.device.type == "cpu":
+        model.pack_for_cpu()
+    return OpenedModel(model, *sizes)
+
+
+def _load(name: str, device: torch.device, dtype: torch.dtype) -> Transformer:
     if Path(name).is_dir():
-        return load_model(name, dtype=dtype, device=place)
+        return load_model(name, dtype=dtype, device=device)
     if name not in PRESETS and name not in PRESET_ALIASES:
         known = ", ".join([*PRESETS, *PRESET_ALIASES])
         raise RecipeError(f"{name} is neither a checkpoint folder nor a preset; presets are {known}")
     model = Transformer(create_config(name))
     model.init_weights(0)
-    return model.to(device=place, dtype=dtype).eval()
+    return model.to(device=device, dtype=dtype).eval()
 
 
 def fitting_lengths(lengths: Sequence[int] | None, new_tokens: int, context: int) -> Sequence[int]:
@@ -108,10 +125,6 @@ def measure_latency(model: Transformer, plan: LatencyPlan, on_progress: OnProgre
             ) from None
         on_progress("measuring", number, len(shapes))
     return cells
-
-
-def weights_bytes(model: Transformer) -> int:
-    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def median_seconds(run: Callable[[], object], device: torch.device, *, warmup: int, repeats: int) -> float:
