@@ -55,7 +55,7 @@ def add_adapters(model: Transformer, settings: TrainSection) -> None:
     for name, linear in linears:
         parent, _, child = name.rpartition(".")
         adapted = AdaptedLinear(linear, settings.lora_rank, adapter_scale(settings), generator)
-        setattr(model.layers.get_submodule(parent), child, adapted)
+        setattr(model.layers.get_submodule(parent), child, adapted.train(linear.training))
 
 
 def merge_adapters(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:

@@ -38,6 +38,7 @@ EXPECTED = {
         Tokenizer.gpt2(), 12 * (4 * 768**2 + 3 * 768 * 2_048 + 2 * 768 + 2 * 128) + 50_304 * 768 + 768
     ),
     "gpt2-finetune": (Tokenizer.gpt2(), 124_439_808),
+    "instruct": (Tokenizer.gpt2(), 124_439_808),
     "llama-small": (
         Tokenizer.gpt2(), 12 * (2 * 768**2 + 2 * 256 * 768 + 3 * 768 * 2_048 + 2 * 768) + 50_304 * 768 + 768
     ),
@@ -55,7 +56,7 @@ def gpt2_folder(folder: Path) -> Path:
 
 
 def model_config_of(name: str, folder: Path) -> ModelConfig:
-    overrides = [f"model.init_from={gpt2_folder(folder / 'gpt2')}"] if name == "gpt2-finetune" else []
+    overrides = [f"model.init_from={gpt2_folder(folder / 'gpt2')}"] if load_config(name).model.init_from else []
     return make_model_config(load_config(name, overrides), EXPECTED[name][0])
 
 

@@ -16,9 +16,9 @@ from training.launch import share_cores
 def finetune_instruct(
     init_from: Annotated[Path, typer.Option(help="checkpoint folder to start from")],
     input: Annotated[
-        list[Path],
+        list[str],
         typer.Option("--input", help='JSON array or JSON lines (also .gz, .zst) of {"instruction", "input", "output"} '
-                                     'or {"messages": [{"role", "content"} …]}; repeat for more'),
+                                     'or {"messages": [{"role", "content"} …]}: file, folder or URL; repeat for more'),
     ],
     out: Annotated[Path, typer.Option(help="run folder; the same command goes on with a run that was stopped")],
     overrides: Annotated[
@@ -42,6 +42,7 @@ def finetune_instruct(
     lora_rank: Annotated[int, typer.Option(help="train adapters of this rank, merged into checkpoints; 0 = off")] = 0,
     val_fraction: Annotated[float, typer.Option(help="share of the examples for validation")] = 0.1,
     test_fraction: Annotated[float, typer.Option(help="share of the examples for a test at the end")] = 0.0,
+    sha256: Annotated[list[str] | None, typer.Option(help="digest of each URL's content, in their order")] = None,
     resume: Annotated[
         Literal["auto", "never"], typer.Option(help="auto continues the run in --out; never refuses to")
     ] = "auto",
@@ -54,7 +55,7 @@ def finetune_instruct(
     request = InstructRequest(
         init_from=init_from, inputs=tuple(input), out=out, epochs=epochs, lr=lr, batch_size=batch_size,
         max_seq_len=max_seq_len, template=template, packing=packing, lora_rank=lora_rank, val_fraction=val_fraction,
-        test_fraction=test_fraction, overrides=tuple(overrides or ()),
+        test_fraction=test_fraction, digests=tuple(sha256 or ()), overrides=tuple(overrides or ()),
     )  # fmt: skip
     result = finetune(request, resume, Console(stderr=as_json))
     if result is None:

@@ -8,10 +8,22 @@ from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from training.commands.options import JsonFlag, print_result
 from training.data.prepare import PrepareRequest, prepare
+from training.data.shards import DataManifest
+from training.errors import RecipeError
+
+_console = Console(stderr=True)
 
 
 def prepare_command(
@@ -46,19 +58,45 @@ def prepare_command(
     add_special_token: Annotated[
         list[str] | None, typer.Option(help="control token to add, which no text produces; repeat for more")
     ] = None,
+    template: Annotated[
+        Literal["alpaca", "chat"] | None,
+        typer.Option(help="the inputs are instructions or conversations, to be written by this template: see "
+                          "`finetune instruct`; --tokenizer names the model's folder"),
+    ] = None,
     sha256: Annotated[list[str] | None, typer.Option(help="digest of each URL's content, in their order")] = None,
     workers: Annotated[int, typer.Option(help="processes that tokenise; 0 = one per core, if the text is large")] = 0,
     force: Annotated[bool, typer.Option(help="replace other prepared data in --out")] = False,
     as_json: JsonFlag = False,
 ) -> None:  # fmt: skip
     """Turn text into token shards with a manifest, split into training, validation and test."""
+    inputs, digests = (*input, *(more or ())), tuple(sha256 or ())
+    if template is not None:
+        if text_key or control or add_token or add_special_token or (split, documents) != ("auto", "file"):
+            raise RecipeError("--template reads whole conversations; leave out what divides or labels text")
+        from training.tasks.instruct_data import InstructDataRequest, prepare_instructions
+
+        examples = InstructDataRequest(inputs, out, tokenizer, template, val_fraction, test_fraction, digests, force)
+        _print(out, *prepare_instructions(examples, on_notice=_notice), as_json)
+        return
     request = PrepareRequest(
-        inputs=(*input, *(more or ())), out=out, tokenizer=tokenizer, val_fraction=val_fraction,
-        test_fraction=test_fraction, digests=tuple(sha256 or ()), workers=workers, force=force, documents=documents,
+        inputs=inputs, out=out, tokenizer=tokenizer, val_fraction=val_fraction,
+        test_fraction=test_fraction, digests=digests, workers=workers, force=force, documents=documents,
         split=split, text_keys=tuple(text_key or ("text",)), control_keys=tuple(control or ()),
         special_tokens=tuple(add_special_token or ()), text_tokens=tuple(add_token or ()),
     )  # fmt: skip
-    console = Console(stderr=True)
+    with _progress(hidden=as_json) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def on_progress(what: str, done: int, total: int | None) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, total=total)
+
+        manifest, written = prepare(request, on_progress=on_progress, on_notice=_notice)
+    _print(out, manifest, written, as_json)
+
+
+def _progress(*, hidden: bool) -> Progress:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -66,18 +104,14 @@ def prepare_command(
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=as_json or not sys.stderr.isatty()) as bar:
-        tasks = {}
+    return Progress(*columns, console=_console, disable=hidden or not sys.stderr.isatty())
 
-        def on_progress(what: str, done: int, total: int | None) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done, total=total)
 
-        manifest, written = prepare(
-            request, on_progress=on_progress,
-            on_notice=lambda line: console.print(f"notice: {line}", style="yellow", markup=False, soft_wrap=True),
-        )  # fmt: skip
+def _notice(line: str) -> None:
+    _console.print(f"notice: {line}", style="yellow", markup=False, soft_wrap=True)
+
+
+def _print(out: Path, manifest: DataManifest, written: bool, as_json: bool) -> None:
     splits = {
         name: {
             "tokens": split.tokens,

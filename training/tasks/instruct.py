@@ -1,6 +1,6 @@
 """Instruction tuning: examples out of conversations, then the trainer on them by the recipe `instruct`.
 
-result = finetune(InstructRequest(Path("models/gpt2"), (Path("alpaca.json"),), Path("runs/chat")), "auto", Console())
+result = finetune(InstructRequest(Path("models/gpt2"), ("alpaca.json",), Path("runs/chat")), "auto", Console())
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class InstructRequest:
     """
 
     init_from: Path
-    inputs: tuple[Path, ...]
+    inputs: tuple[str, ...]
     out: Path
     epochs: float = 2.0
     lr: float | None = None
@@ -57,6 +57,7 @@ class InstructRequest:
     lora_rank: int = 0
     val_fraction: float = 0.1
     test_fraction: float = 0.0
+    digests: tuple[str, ...] = ()
     overrides: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -69,7 +70,13 @@ class InstructRequest:
     @property
     def data(self) -> InstructDataRequest:
         return InstructDataRequest(
-            self.inputs, self.out / "data", str(self.init_from), self.template, self.val_fraction, self.test_fraction
+            self.inputs,
+            self.out / "data",
+            str(self.init_from),
+            self.template,
+            self.val_fraction,
+            self.test_fraction,
+            self.digests,
         )
 
     def config(self, *, seq_len: int, steps: int | None = None, steps_per_epoch: int | None = None) -> TrainConfig:
@@ -116,7 +123,7 @@ def finetune(request: InstructRequest, resume: Resume, console: Console) -> Inst
         distributed = init_distributed(request.config(seq_len=seq_len).train.device)
     with distributed.failing_together():
         if distributed.is_main:
-            notice = lambda line: console.print(f"notice: {line}", style="yellow", markup=False)  # noqa: E731
+            notice = lambda line: console.print(f"notice: {line}", style="yellow", markup=False, soft_wrap=True)  # noqa: E731
             prepare_instructions(request.data, on_notice=notice)
         distributed.from_main(0)  # the others wait for the data
         config, loader = _plan(request, seq_len, distributed)
@@ -152,13 +159,13 @@ def _tell(loader: ExampleLoader, config: TrainConfig, console: Console) -> None:
     rows = loader.rows
     console.print(
         f"{rows.num_examples:,} examples in {len(rows):,} rows, {rows.targets.sum():,} tokens of answers; "
-        f"{config.train.max_steps:,} steps", markup=False, highlight=False,
+        f"{config.train.max_steps:,} steps", markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip
     if rows.truncated or rows.left_out:
         console.print(
             f"notice: of the examples, {rows.truncated:,} are longer than {rows.seq_len} tokens and lose their end, "
             f"{rows.left_out:,} have their answer beyond it and are left out; --max-seq-len can raise that",
-            style="yellow", markup=False, highlight=False,
+            style="yellow", markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
 
 

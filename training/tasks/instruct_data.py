@@ -7,6 +7,7 @@ Free of torch.
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,7 +19,6 @@ import msgspec
 from model.atomic_folder import replace_folder
 from model.chat_template import ChatTemplate, render_chat
 from model.errors import TokenizerError
-from model.manifest import file_sha256
 from model.tokenizer import Tokenizer
 from training.data.compressed import Meter
 from training.data.examples import ExampleWriter
@@ -35,6 +35,7 @@ from training.data.shards import (
     read_manifest,
     write_manifest,
 )
+from training.data.sources import Input, Source, check_inputs, fetch
 from training.data.splits import Shares, split_of
 from training.errors import DataError, RecipeError
 from training.tasks.instruct_templates import write_template
@@ -54,14 +55,17 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class InstructDataRequest:
-    """`tokenizer` is the folder of the model that will be tuned; rows go to the splits by the hash of what they say."""
+    """`inputs` are files, folders or URLs, `digests` the sha256 of these URLs, `tokenizer` is the folder of the model
+    that will be tuned. Rows go to the splits by the hash of what they say.
+    """
 
-    inputs: tuple[Path, ...]
+    inputs: tuple[str, ...]
     out: Path
     tokenizer: str
     template: TemplateName = "alpaca"
     val_fraction: float = 0.1
     test_fraction: float = 0.0
+    digests: tuple[str, ...] = ()
     force: bool = False
 
     def __post_init__(self) -> None:
@@ -83,11 +87,17 @@ def prepare_instructions(
     A folder that already holds these examples is left as it is; one that holds anything else is replaced only with
     `force`. Raises RecipeError, DataError or TokenizerError; the folder is then untouched.
     """
+    inputs = check_inputs(request.inputs, request.digests, on_notice)
+    for item in inputs:
+        if item.kind == "dataset":
+            raise RecipeError(f"{item.origin}: conversations are read from JSON; save the dataset as JSON lines first")
     tokenizer = named_tokenizer(request.tokenizer, "--tokenizer")
-    sources = tuple(_describe(path) for path in request.inputs)
     if (request.out / MANIFEST).is_file() and not request.force:
-        return _existing(request, tokenizer, sources), False
-    replace_folder(request.out, lambda folder: _write(request, tokenizer, sources, folder, on_notice), marker=MANIFEST)
+        return _existing(request, tokenizer, inputs), False
+    with tempfile.TemporaryDirectory(prefix="quill-prepare-") as downloads:
+        sources = [fetch(item, Path(downloads)) for item in inputs]
+        job = _Job(request, tokenizer, sources, on_notice)
+        replace_folder(request.out, job.write, marker=MANIFEST)
     return read_manifest(request.out), True
 
 
@@ -100,7 +110,7 @@ def conversation(row: Mapping[str, Any], place: str, template: TemplateName) -> 
             raise DataError(f"{place}: messages {error}; each must have the texts role and content") from None
         if any(message.keys() < {"role", "content"} for message in messages):
             raise DataError(f"{place}: a message lacks its role or its content")
-        return messages if any(_is_answer(message) for message in messages) else []
+        return [*messages] if any(_is_answer(message) for message in messages) else []
     instruction, context, output = (_text(row, key, place) for key in ("instruction", "input", "output"))
     if not instruction and not context:
         raise DataError(f"{place}: has no instruction; rows need instruction and output, or messages")
@@ -115,8 +125,9 @@ def conversation(row: Mapping[str, Any], place: str, template: TemplateName) -> 
 def make_example(messages: Sequence[Message], template: ChatTemplate, tokenizer: Tokenizer) -> Example:
     """The conversation up to its last answer, as the chat route would write it.
 
-    What stands before an answer is encoded by itself, as it will be when the model is asked. Raises TokenizerError for
-    messages that the template refuses, or that hold control tokens.
+    What stands before an answer is encoded by itself, as it will be when the model is asked; what a template writes
+    behind the answer's end-of-text token belongs to the next prompt. Raises TokenizerError for messages that the
+    template refuses, or that hold control tokens.
     """
     ids: list[int] = []
     counted: list[bool] = []
@@ -133,13 +144,23 @@ def make_example(messages: Sequence[Message], template: ChatTemplate, tokenizer:
                 "the chat template rewrites what was said before, so that answers cannot be told from prompts; "
                 "choose --template alpaca"
             )
-        for text, is_answer in ((prompt[len(done) :], False), (whole[len(prompt) :], True)):
+        end = _end_of_answer(whole, len(prompt), tokenizer)
+        for text, is_answer in ((prompt[len(done) :], False), (whole[len(prompt) : end], True)):
             tokens = tokenizer.encode_template(text)
             ids += tokens
             counted += [is_answer] * len(tokens)
         answers.append(message["content"].strip())
-        done = whole
+        done = whole[:end]
     return Example(ids, counted, "".join(answers))
+
+
+def _end_of_answer(whole: str, start: int, tokenizer: Tokenizer) -> int:
+    """Behind the end-of-text token of the answer that begins at `start`, or where the text ends without one."""
+    if tokenizer.eos_token_id is None:
+        return len(whole)
+    end_of_text = tokenizer.token_bytes(tokenizer.eos_token_id).decode()
+    found = whole.find(end_of_text, start)
+    return len(whole) if found < 0 else found + len(end_of_text)
 
 
 def _content(messages: Sequence[Message]) -> str:
@@ -162,73 +183,73 @@ def _text(row: Mapping[str, Any], key: str, place: str) -> str:
     return value.strip()
 
 
-def _describe(path: Path) -> SourceInfo:
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    return SourceInfo(path.name, path.stat().st_size, file_sha256(path))
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One preparation, from the sources to the folder."""
+
+    request: InstructDataRequest
+    tokenizer: Tokenizer
+    sources: Sequence[Source]
+    on_notice: Callable[[str], None]
+
+    def write(self, folder: Path) -> None:
+        (folder / TOKENIZER_DIR).mkdir()
+        self.tokenizer.save(folder / TOKENIZER_DIR)
+        template = write_template(self.request.template, self.tokenizer, folder / TOKENIZER_DIR)
+        splits = self._write_splits(folder, template)
+        write_manifest(folder, self._manifest(splits, template))
+
+    def _write_splits(self, folder: Path, template: ChatTemplate) -> dict[str, SplitInfo]:
+        shares, dtype, unanswered = self.request.shares, dtype_name(self.tokenizer.vocab_size), 0
+        with ExitStack() as stack:
+            writers = {name: stack.enter_context(ExampleWriter(folder, name, dtype)) for name in shares.names}
+            for place, messages in self._conversations():
+                if not messages:
+                    unanswered += 1
+                    continue
+                try:
+                    example = make_example(messages, template, self.tokenizer)
+                except TokenizerError as error:
+                    raise DataError(f"{place}: {error}") from None
+                writers[split_of(_content(messages), shares)].append(
+                    example.ids, example.counted, text=self.tokenizer.decode(example.ids),
+                    answer_bytes=len(example.answers.encode()),
+                )  # fmt: skip
+            splits = {name: writer.finish() for name, writer in writers.items()}
+        if unanswered:
+            self.on_notice(f"{unanswered} rows have no answer and are left out")
+        return splits
+
+    def _conversations(self) -> Iterator[tuple[str, list[Message]]]:
+        for source in self.sources:
+            for place, row in read_rows(source.path, source.origin, _KEYS, Meter()):
+                yield place, conversation(row, place, self.request.template)
+
+    def _manifest(self, splits: dict[str, SplitInfo], template: ChatTemplate) -> DataManifest:
+        request, tokenizer = self.request, self.tokenizer
+        return DataManifest(
+            version=FORMAT_VERSION,
+            dtype=dtype_name(tokenizer.vocab_size),
+            vocab_size=tokenizer.vocab_size,
+            tokenizer=tokenizer.kind,
+            tokenizer_digest=tokenizer.digest,
+            val_fraction=request.val_fraction,
+            sources=tuple(SourceInfo(each.origin, each.num_bytes, each.sha256) for each in self.sources),
+            splits=splits,
+            test_fraction=request.test_fraction,
+            split="documents",
+            text_keys=(),
+            kind="examples",
+            template=request.template,
+            template_digest=hashlib.sha256(template.source.encode()).hexdigest(),
+        )
 
 
-def _conversations(request: InstructDataRequest) -> Iterator[tuple[str, list[Message]]]:
-    for path in request.inputs:
-        for place, row in read_rows(path, path.name, _KEYS, Meter()):
-            yield place, conversation(row, place, request.template)
-
-
-def _write(
-    request: InstructDataRequest, tokenizer: Tokenizer, sources: tuple[SourceInfo, ...], folder: Path,
-    on_notice: Callable[[str], None],
-) -> None:  # fmt: skip
-    (folder / TOKENIZER_DIR).mkdir()
-    tokenizer.save(folder / TOKENIZER_DIR)
-    template = write_template(request.template, tokenizer, folder / TOKENIZER_DIR)
-    dtype, unanswered = dtype_name(tokenizer.vocab_size), 0
-    with ExitStack() as stack:
-        writers = {name: stack.enter_context(ExampleWriter(folder, name, dtype)) for name in request.shares.names}
-        for place, messages in _conversations(request):
-            if not messages:
-                unanswered += 1
-                continue
-            try:
-                example = make_example(messages, template, tokenizer)
-            except TokenizerError as error:
-                raise DataError(f"{place}: {error}") from None
-            text = tokenizer.decode(example.ids)
-            writers[split_of(_content(messages), request.shares)].append(
-                example.ids, example.counted, text=text, answer_bytes=len(example.answers.encode())
-            )
-        splits = {name: writer.finish() for name, writer in writers.items()}
-    if unanswered:
-        on_notice(f"{unanswered} rows have no answer and are left out")
-    write_manifest(folder, _manifest(request, tokenizer, sources, splits, template))
-
-
-def _manifest(
-    request: InstructDataRequest, tokenizer: Tokenizer, sources: tuple[SourceInfo, ...], splits: dict[str, SplitInfo],
-    template: ChatTemplate,
-) -> DataManifest:  # fmt: skip
-    return DataManifest(
-        version=FORMAT_VERSION,
-        dtype=dtype_name(tokenizer.vocab_size),
-        vocab_size=tokenizer.vocab_size,
-        tokenizer=tokenizer.kind,
-        tokenizer_digest=tokenizer.digest,
-        val_fraction=request.val_fraction,
-        sources=sources,
-        splits=splits,
-        test_fraction=request.test_fraction,
-        split="documents",
-        text_keys=(),
-        kind="examples",
-        template=request.template,
-        template_digest=hashlib.sha256(template.source.encode()).hexdigest(),
-    )
-
-
-def _existing(request: InstructDataRequest, tokenizer: Tokenizer, sources: tuple[SourceInfo, ...]) -> DataManifest:
+def _existing(request: InstructDataRequest, tokenizer: Tokenizer, inputs: Sequence[Input]) -> DataManifest:
     """The manifest of `request.out`, if that is what preparing would write. Raises DataError if it is not."""
     manifest = read_manifest(request.out)
     wanted = ("examples", request.template, request.val_fraction, request.test_fraction, tokenizer.digest)
     found = (manifest.kind, manifest.template, manifest.val_fraction, manifest.test_fraction, manifest.tokenizer_digest)
-    if wanted == found and [each.sha256 for each in sources] == [each.sha256 for each in manifest.sources]:
+    if wanted == found and [each.sha256 for each in inputs] == [each.sha256 for each in manifest.sources]:
         return manifest
     raise DataError(f"{request.out}: already holds other prepared data; choose another --out")
