@@ -111,6 +111,12 @@ class PrepareRequest:
         path = Path(self.tokenizer)
         return read_controls(path if path.is_dir() else path.parent) if path.exists() else Controls()
 
+    @property
+    def ordered_control_keys(self) -> tuple[str, ...]:
+        """As they stand before a text: those that the tokenizer knows come first, in its order."""
+        declared = self.known_controls.with_labels(self.control_keys, ()).values
+        return tuple(name for name in declared if name in self.control_keys)
+
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
@@ -193,8 +199,9 @@ class _Job:
         write_manifest(folder, self._manifest(folder, tokenizer, splits))
 
     def _extend(self, base: Tokenizer, found: set[Label]) -> Tokenizer:
-        request = self.request
-        tokenizer = extend_tokenizer(base, special=request.special_tokens, text=request.text_tokens)
+        request, tokenizer = self.request, base
+        if request.special_tokens or request.text_tokens:
+            tokenizer = extend_tokenizer(base, special=request.special_tokens, text=request.text_tokens)
         if request.control_keys:
             tokenizer = declare(tokenizer, request.known_controls, request.control_keys, found)
         if (added := tokenizer.vocab_size - base.vocab_size) > 0:
@@ -203,7 +210,7 @@ class _Job:
 
     def _options(self, cut: Cut) -> ReadOptions:
         request = self.request
-        return ReadOptions(request.documents, request.text_keys, cut, request.control_keys)
+        return ReadOptions(request.documents, request.text_keys, cut, request.ordered_control_keys)
 
     def _survey(self) -> Survey:
         survey, meter = Survey(keep_alphabet=self.tokenizer is None), Meter()
