@@ -13,12 +13,13 @@ from model.sampling_params import SamplingParams
 from model.text_output import TextDecoder
 from model.tokenizer import Tokenizer
 from server.engine.interface import EngineClient, EngineUnavailableError, QueueFullError
-from server.engine.messages import EngineInfo
+from server.engine.messages import CLASSIFICATION, GENERATION, EngineInfo
 from server.error_handlers import from_sampling_error
 from server.errors import (
     ApiError,
     BusyError,
     InvalidRequestError,
+    TaskNotServedError,
     UnknownModelError,
     engine_down_error,
     loading_error,
@@ -29,6 +30,10 @@ from server.schemas.native import GenerateRequest
 from server.services import Services
 
 LONG_TEXT = 2_000  # characters; longer texts are tokenised off the event loop
+_OTHER_TASK = {
+    GENERATION: "the model served here labels texts and writes none; send them to POST /classify",
+    CLASSIFICATION: "the model served here writes text and labels none; serve a classifier for POST /classify",
+}
 
 
 async def admit(body: GenerateRequest, services: Services) -> Generation:
@@ -37,6 +42,7 @@ async def admit(body: GenerateRequest, services: Services) -> Generation:
     if body.model is not None and body.model not in services.models:
         raise UnknownModelError
     refuse_unless_admitting(services)
+    require_task(services, GENERATION)
     prompt = await _prompt(body, services, arrival)
     refuse_unless_admitting(services)
     try:
@@ -56,12 +62,23 @@ def refuse_unless_admitting(services: Services) -> None:
         raise error
 
 
+def require_task(services: Services, task: str) -> None:
+    """Raises TaskNotServedError unless that is what the model is for."""
+    if services.ready_info.models[0].task != task:
+        raise TaskNotServedError(_OTHER_TASK[task])
+
+
 def _refusal(error: Exception, prompt: Prompt, services: Services) -> ApiError:
+    if isinstance(error, QueueFullError) and prompt.deadline is not None and _has_room(services.engine, prompt.n):
+        return _unreachable_error(error.retry_after)
+    return refusal(error, services)
+
+
+def refusal(error: Exception, services: Services) -> ApiError:
+    """What a client is told of the engine's refusal."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFullError):
-        if prompt.deadline is not None and _has_room(services.engine, prompt.n):
-            return _unreachable_error(error.retry_after)
         return BusyError("the request queue is full; try again later", error.retry_after)
     assert isinstance(error, EngineUnavailableError)
     make = loading_error if services.engine.state == "loading" else engine_down_error

@@ -6,6 +6,7 @@ an address or a trace.
 ApiError
 ├── InvalidRequestError     422   `param` names the field
 ├── UnknownModelError       404
+├── TaskNotServedError      404   the model is for something else
 ├── UnauthorizedError       401
 ├── HostNotAllowedError     400
 ├── BodyTooLargeError       413
@@ -53,6 +54,11 @@ class UnknownModelError(ApiError):
 
     def __init__(self) -> None:
         super().__init__("model is not served here; GET /v1/models lists the names", param="model")
+
+
+class TaskNotServedError(ApiError):
+    status = 404
+    code = "task_not_served"
 
 
 class UnauthorizedError(ApiError):

@@ -20,6 +20,7 @@ from model.tokenizer import Tokenizer
 from server.app import create_app
 from server.auth import ApiKeys
 from server.engine.interface import EngineClient, EngineUnavailableError
+from server.engine.messages import CLASSIFICATION, GENERATION
 from server.lifecycle import Signals
 from server.protocol import ConnectionLimits, guarded_protocol
 from server.services import Services
@@ -32,6 +33,10 @@ EXIT_ENGINE = 1
 POLL_SECONDS = 0.1
 LAST_ANSWERS_SECONDS = 1.0
 SHUTDOWN_SECONDS = 2
+_FIRST_REQUESTS = {
+    GENERATION: ("/generate", '{"prompt": "To be, or not to be", "max_tokens": 100, "stream": true}'),
+    CLASSIFICATION: ("/classify", '{"text": "To be, or not to be"}'),
+}
 LoadTokenizer = Callable[[Settings], Tokenizer]
 
 
@@ -152,14 +157,14 @@ def uvicorn_config(app: object, settings: Settings) -> uvicorn.Config:
 
 
 def greeting(services: Services, listener: socket.socket) -> str:
-    """Where the server listens, and one line to paste that streams text from it."""
+    """Where the server listens, and one line to paste that uses it."""
     host, port = listener.getsockname()[:2]
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     key = " -H 'Authorization: Bearer KEY'" if services.settings.api_key_file else ""
+    route, body = _FIRST_REQUESTS[services.ready_info.models[0].task]
     return (
         f"Quill serves {services.models[0]} on http://{shown}:{port}. Try it:\n"
-        f"curl -N http://{shown}:{port}/generate -H 'Content-Type: application/json'{key}"
-        """ -d '{"prompt": "To be, or not to be", "max_tokens": 100, "stream": true}'"""
+        f"curl -N http://{shown}:{port}{route} -H 'Content-Type: application/json'{key} -d '{body}'"
     )
 
 

@@ -37,6 +37,7 @@ WALLS = [
 
 # The API process lives on these; one torch import would cost it a second and a few hundred megabytes.
 TORCH_FREE = (
+    "model.classifier_config",
     "model.config",
     "model.errors",
     "model.sampling_params",

@@ -10,6 +10,9 @@ import msgspec
 
 from model.sampling_params import SamplingParams
 
+GENERATION, CLASSIFICATION = "generation", "classification"
+"""What a model is served for."""
+
 
 class AddRequest(msgspec.Struct, frozen=True, array_like=True, tag=True):
     request_id: int
@@ -49,7 +52,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
     """New tokens of one request. `finish_reason` (stop, length, deadline, abort, error) is set on the last one.
 
     A stop token or EOS that ended the sequence is among `token_ids`; `stop_token_id` names it
-    when it came from `stop_token_ids` and is None for EOS.
+    when it came from `stop_token_ids` and is None for EOS. A classifier gives `scores`, the labels' probabilities.
     """
 
     request_id: int
@@ -59,6 +62,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
     cached_tokens: int = 0
     logprobs: list[TokenLogprobs] | None = None
     timings: RequestTimings | None = None
+    scores: list[float] | None = None
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):
@@ -83,13 +87,19 @@ class StepOutput(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class ModelInfo(msgspec.Struct, frozen=True):
-    """What the engine knows of a loaded checkpoint. `config` is the ModelConfig as plain values."""
+    """What the engine knows of a loaded checkpoint. `config` is the ModelConfig as plain values.
+
+    `labels` are a classifier's, in the order of its scores, and `pad_token_id` is what ends its padded texts.
+    """
 
     name: str
     config: dict[str, object]
     num_parameters: int
     weights_digest: str
     provenance: dict[str, object]
+    task: str = GENERATION
+    labels: list[str] = []
+    pad_token_id: int | None = None
 
 
 class EngineInfo(msgspec.Struct, frozen=True, array_like=True, tag=True):

@@ -20,7 +20,7 @@ from server.engine.cuda_graph import CUDAGraphRunner
 from server.engine.messages import TokenLogprobs
 from server.engine.scheduler import ScheduledBatch
 from server.engine.sequence import Sequence
-from server.engine.sizing import resolve_device, resolve_dtype, resolve_limits, resolve_threads
+from server.engine.sizing import device_name, resolve_device, resolve_dtype, resolve_limits, resolve_threads
 from server.engine.step_inputs import InputBuilder, StepInputs
 
 
@@ -79,9 +79,7 @@ class ModelRunner:
 
     @property
     def device_name(self) -> str:
-        if self.device.type == "cuda":
-            return torch.cuda.get_device_name(self.device)
-        return f"cpu ({torch.get_num_threads()} threads)"
+        return device_name(self.device)
 
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch) -> RunOutput:

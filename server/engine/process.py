@@ -12,11 +12,14 @@ import signal
 import socket
 import sys
 import time
+from pathlib import Path
 
 import msgspec
 
+from model.classifier_config import is_classifier
 from model.errors import QuillError
 from server.engine.channel import SocketChannel
+from server.engine.classification_engine import ClassificationEngine
 from server.engine.config import EngineConfig
 from server.engine.llm_engine import LLMEngine
 from server.engine.messages import (
@@ -30,6 +33,7 @@ from server.engine.messages import (
 )
 
 logger = logging.getLogger(__name__)
+Engine = LLMEngine | ClassificationEngine
 
 # An idle engine still says that it lives this often, in seconds.
 _HEARTBEAT = 0.5
@@ -52,7 +56,7 @@ def main(fd: int) -> int:
 
 def _run(channel: SocketChannel, config: EngineConfig) -> int:
     try:
-        engine = LLMEngine(config)
+        engine = _make_engine(config)
     except QuillError as error:
         channel.send(_encoder.encode(EngineFault(str(error), user_error=True)))
         return 1
@@ -75,7 +79,12 @@ def _run(channel: SocketChannel, config: EngineConfig) -> int:
     return 0
 
 
-def _serve(channel: SocketChannel, engine: LLMEngine) -> None:
+def _make_engine(config: EngineConfig) -> Engine:
+    """By what the folder's config.json says that the model is for. Raises QuillError."""
+    return ClassificationEngine(config) if is_classifier(Path(config.model_path)) else LLMEngine(config)
+
+
+def _serve(channel: SocketChannel, engine: Engine) -> None:
     """Take what has arrived, run a step, send its output; again."""
     last_sent = time.monotonic()
     while True:
@@ -98,7 +107,7 @@ def _serve(channel: SocketChannel, engine: LLMEngine) -> None:
         last_sent = time.monotonic()
 
 
-def _take(engine: LLMEngine, request: AddRequest | AbortRequests) -> list[SequenceOutput]:
+def _take(engine: Engine, request: AddRequest | AbortRequests) -> list[SequenceOutput]:
     """Hand a request to the engine; one that it cannot run ends at once, by itself."""
     if isinstance(request, AbortRequests):
         for request_id in request.request_ids:

@@ -90,7 +90,6 @@ def resolve_limits(config: EngineConfig, model: ModelConfig, device: torch.devic
 
     Raises ConfigError if the stated cache memory cannot hold one full context.
     """
-    kind = device.type
     needed = -(-model.max_seq_len // config.block_size)
     if config.kv_cache_memory is None:
         wanted = _CONTEXTS * needed
@@ -100,14 +99,26 @@ def resolve_limits(config: EngineConfig, model: ModelConfig, device: torch.devic
         if num_blocks < needed:
             least = -(-needed * block_bytes // 2**20)
             raise ConfigError(f"kv_cache_memory must be at least {least}MiB to hold one context of this model")
-    max_num_seqs = config.max_num_seqs or _MAX_NUM_SEQS[kind]
+    max_num_seqs, max_num_batched_tokens = resolve_batch(config, device)
     return EngineLimits(
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens or max(_MAX_BATCHED_TOKENS[kind], max_num_seqs),
+        max_num_batched_tokens=max_num_batched_tokens,
         max_model_len=model.max_seq_len,
         block_size=config.block_size,
         num_blocks=num_blocks,
     )
+
+
+def resolve_batch(config: EngineConfig, device: torch.device) -> tuple[int, int]:
+    """(sequences that run at once, tokens in one step)"""
+    max_num_seqs = config.max_num_seqs or _MAX_NUM_SEQS[device.type]
+    return max_num_seqs, config.max_num_batched_tokens or max(_MAX_BATCHED_TOKENS[device.type], max_num_seqs)
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({torch.get_num_threads()} threads)"
 
 
 def _affordable_memory(device: torch.device) -> int:

@@ -7,18 +7,17 @@ from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request
-from pydantic import ValidationError
 from starlette.background import BackgroundTask
-from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from server.admission import admit
 from server.engine.messages import EngineInfo
-from server.error_handlers import from_validation_error, log_fault, request_id
-from server.errors import ApiError, ClientGoneError, InvalidRequestError, error_body
+from server.error_handlers import log_fault, request_id
+from server.errors import ApiError, ClientGoneError, error_body
 from server.generation import Generation
 from server.output import ChoiceDelta, TokenLogprob, Usage
+from server.request_body import read_body
 from server.schemas.native import GenerateRequest
 from server.services import Services
 from server.sse import DONE, EventSender, data_event, error_event
@@ -71,7 +70,7 @@ _BODY: dict[str, Any] = {
 @router.post("/generate", openapi_extra=_BODY, summary="Generate text")
 async def generate(request: Request) -> Response:
     services: Services = request.app.state.services
-    body = await read_generate_body(request)
+    body = await read_body(request, GenerateRequest)
     generation = await admit(body, services)
     model = body.model or services.models[0]
     if body.stream:
@@ -80,19 +79,6 @@ async def generate(request: Request) -> Response:
         return await _whole_answer(generation, request, model, services)
     finally:
         generation.close()
-
-
-async def read_generate_body(request: Request) -> GenerateRequest:
-    """The body, strictly validated. Raises InvalidRequestError, or ClientGoneError if it never came whole."""
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type != "application/json":
-        raise InvalidRequestError("the Content-Type header must be application/json")
-    try:
-        return GenerateRequest.model_validate_json(await request.body())
-    except ClientDisconnect:
-        raise ClientGoneError from None
-    except ValidationError as error:
-        raise from_validation_error(error, GenerateRequest) from None
 
 
 def generation_id(scope: Scope) -> str:

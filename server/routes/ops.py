@@ -70,6 +70,8 @@ async def info(request: Request) -> Response:
             "models": [
                 {
                     "name": model.name,
+                    "task": model.task,
+                    "labels": model.labels,
                     "config": model.config,
                     "num_parameters": model.num_parameters,
                     "weights": model.weights_digest,

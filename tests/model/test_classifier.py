@@ -266,7 +266,7 @@ def test_what_is_no_number_is_not_saved(tmp_path: Path) -> None:
     classifier = _make(_SMALL_LLAMA)
     state = classifier.state_dict()
     state["score.weight"][0, 0] = torch.inf
-    with pytest.raises(CheckpointError, match="score.weight holds values that are not finite"):
+    with pytest.raises(CheckpointError, match=r"score\.weight holds values that are not finite"):
         save_classifier(tmp_path / "m", classifier.config, state, dtype=torch.float32)
     assert not (tmp_path / "m").exists()
 

@@ -116,6 +116,7 @@ def _merge(outputs: list[SequenceOutput]) -> SequenceOutput:
         cached_tokens=max(output.cached_tokens for output in outputs),
         logprobs=logprobs if last.logprobs is not None else None,
         timings=last.timings,
+        scores=last.scores,
     )
 
 
