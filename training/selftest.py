@@ -129,8 +129,8 @@ def _cache(subject: Subject) -> str:
     """A prompt and then one token at a time, through the KV cache, against the whole sequence at once."""
     ids, model = subject.input_ids, subject.model
     cache = model.new_dense_cache(batch_size=ids.shape[0], max_len=ids.shape[1])
-    split = ids.shape[1] // 2
-    pieces = [ids[:, :split], *ids[:, split:].split(1, dim=1)]
+    half, length = ids.shape[1] // 2, ids.shape[1]
+    pieces = [ids[:, :half], *(ids[:, place : place + 1] for place in range(half, length))]
     with torch.no_grad():
         stepped = torch.cat([model.compute_logits(model(piece, cache)).float() for piece in pieces if piece.numel()], 1)
     difference = _difference(subject.logits(ids), stepped)

@@ -45,6 +45,12 @@ class Job:
     echo: bool = True
     stream: bool = False
 
+    def __post_init__(self) -> None:
+        if self.beams is not None and self.num_samples > self.beams.num_beams:
+            raise RecipeError(
+                f"--num-samples is {self.num_samples} but --beams gives {self.beams.num_beams}; ask for more beams"
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class Result:
