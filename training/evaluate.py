@@ -27,6 +27,7 @@ from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from training.build import resolve_device
 from training.data.dataset import open_folder
+from training.data.examples import ExampleSplit
 from training.distributed import Distributed
 from training.errors import DataError, RecipeError
 from training.evaluation.progress import OnProgress, silent
@@ -172,11 +173,15 @@ def evaluate_checkpoint(
 
 @dataclass(frozen=True, slots=True)
 class TextSource:
-    """What is read: the split of a prepared folder or of raw token files, or text files one behind the other."""
+    """What is read: the split of a prepared folder or of raw token files, or text files one behind the other.
+
+    `text_keys` are the fields of a row that hold text, in files of rows.
+    """
 
     data: Path | None = None
     split: str = "val"
     texts: Sequence[Path] = ()
+    text_keys: Sequence[str] = ("text",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,24 +201,33 @@ class LoadedCheckpoint:
         batch_size: int = 16,
         on_progress: OnProgress = silent,
     ) -> Evaluation:
-        """`seq_len` None is the model's context. Raises RecipeError for sizes that do not fit, and as `tokens` does."""
+        """`seq_len` None is the model's context. Of prepared examples the answers alone count, each by itself.
+
+        Raises RecipeError for sizes that do not fit, and as `tokens` does.
+        """
         context = self.model.config.max_seq_len
         seq_len = context if seq_len is None else seq_len
         if not 1 <= seq_len <= context:
             raise RecipeError(f"--seq-len is {seq_len} but the model's context is {context}")
         if stride is not None and not 1 <= stride <= seq_len:
             raise RecipeError(f"--stride is {stride} but must lie between 1 and {seq_len}")
+        tokens = self.tokens(source, on_progress)
+        if isinstance(tokens, ExampleSplit):
+            if stride is not None:
+                raise RecipeError("--stride is for texts, but the data are examples, which are read whole; leave it out")
+            from training.evaluate_examples import evaluate_answers  # which needs this module
+
+            return evaluate_answers(self.model, tokens, seq_len=seq_len, batch_size=batch_size)
         return evaluate_loss(
-            self.model, self.tokens(source, on_progress), seq_len=seq_len, stride=stride, batch_size=batch_size,
-            on_progress=on_progress,
-        )  # fmt: skip
+            self.model, tokens, seq_len=seq_len, stride=stride, batch_size=batch_size, on_progress=on_progress
+        )
 
     def tokens(self, source: TextSource, on_progress: OnProgress = silent) -> Tokens:
         """Raises DataError for text or data that cannot be used, RecipeError unless one of both is named."""
         if (source.data is None) == (not source.texts):
             raise RecipeError("give either --data or --text")
         if source.data is None:
-            return encode_files(source.texts, self.tokenizer, on_progress)
+            return encode_files(source.texts, self.tokenizer, on_progress, text_keys=source.text_keys)
         folder = str(self.folder.resolve())  # raw files do not say what they were encoded with
         opened = open_folder(source.data, tokenizer=folder)
         if opened.tokenizer.digest != self.tokenizer.digest:

@@ -102,6 +102,9 @@ def test_several_files_are_documents_one_behind_the_other(tmp_path: Path) -> Non
     assert tokens.read(0, tokens.num_tokens).tolist() == expected
     assert tokens.num_bytes == sum(map(len, documents))
     assert tokens.read(3, 2).tolist() == expected[3:5]
+    (tmp_path / "d.jsonl").write_text('{"title": "ink", "body": "dries"}\n', "utf-8")
+    joined = encode_files([tmp_path / "d.jsonl"], Tokenizer.bytes(), text_keys=("title", "body"))
+    assert bytes(joined.read(0, 12).astype(np.uint8)) == b"ink\n\ndries"
 
 
 @pytest.mark.parametrize("tokenizer", [Tokenizer.bytes(), Tokenizer.gpt2()], ids=["bytes", "gpt2"])
@@ -149,11 +152,11 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.txt").write_text("ink" * 100_000)
+    (tmp_path / "a.txt").write_text("ink")
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("needs /dev/full")
-    monkeypatch.setattr("training.evaluation.text.tempfile.TemporaryFile", lambda **_: full.open("wb"))
+    monkeypatch.setattr("training.evaluation.text.tempfile.TemporaryFile", lambda **_: full.open("wb", buffering=0))
     with pytest.raises(DataError, match="cannot hold the text's tokens \\(No space left"):
         encode_files([tmp_path / "a.txt"], Tokenizer.bytes())
 

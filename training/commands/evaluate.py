@@ -33,6 +33,12 @@ def evaluate(
         list[Path] | None,
         typer.Option(help="text, JSON lines or parquet, also .gz or .zst; of any size", rich_help_panel=_PREDICTION),
     ] = None,
+    text_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="field of a row that holds its text (default: text); several are joined", rich_help_panel=_PREDICTION
+        ),
+    ] = None,
     split: Annotated[
         str, typer.Option(help="of --data: train, val, or test where it was prepared", rich_help_panel=_PREDICTION)
     ] = "val",
@@ -130,7 +136,7 @@ def evaluate(
 
             loaded = open_checkpoint(checkpoint, device=device, dtype=DTYPES[dtype])
             if data is not None or texts:
-                source = TextSource(data, split, texts)
+                source = TextSource(data, split, texts, text_key or ("text",))
                 values |= loaded.evaluate(
                     source, seq_len=seq_len, stride=stride, batch_size=batch_size, on_progress=on_progress
                 ).values()

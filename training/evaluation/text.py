@@ -40,8 +40,14 @@ class TextTokens:
         return self.ids[start : start + length].astype(np.int64)
 
 
-def encode_files(paths: Sequence[Path], tokenizer: Tokenizer, on_progress: OnProgress = silent) -> TextTokens:
-    """Text, JSON lines, JSON or parquet (a row's field `text`), each also with .gz or .zst.
+def encode_files(
+    paths: Sequence[Path],
+    tokenizer: Tokenizer,
+    on_progress: OnProgress = silent,
+    *,
+    text_keys: Sequence[str] = ("text",),
+) -> TextTokens:
+    """Text, JSON lines, JSON or parquet (of a row the fields `text_keys`), each also with .gz or .zst.
 
     Raises DataError, naming the file, for one that is missing, empty, damaged or not UTF-8, TokenizerError for text
     that the tokenizer cannot express.
@@ -50,21 +56,20 @@ def encode_files(paths: Sequence[Path], tokenizer: Tokenizer, on_progress: OnPro
     # Of plain files; what reading a folder fails with is told by the reader.
     total = sum(path.stat().st_size for path in paths if path.is_file())
     dtype: np.dtype[Any] = np.dtype(np.int64)
-    with tempfile.TemporaryFile(prefix="quill-evaluate-") as spool:
-        batches = make_batches((("text", piece) for piece in _pieces(paths, tokenizer, meter)), lambda: meter.done)
+    options = ReadOptions(cut=tokenizer.cut, text_keys=tuple(text_keys))
+    with tempfile.TemporaryFile(prefix="quill-evaluate-", buffering=0) as spool:
+        batches = make_batches((("text", piece) for piece in _pieces(paths, options, meter)), lambda: meter.done)
         for encoded in encode_batches(batches, tokenizer, Path(), workers=1):
             dtype = encoded.tokens.dtype
             _append(spool, encoded.tokens)
             num_bytes += encoded.num_bytes
             on_progress("tokenising", meter.done, total)
-        spool.flush()
         # The mapping outlives the file's name and its handle.
         ids = np.memmap(spool, dtype=dtype, mode="r") if spool.tell() else np.array([], dtype=dtype)
     return TextTokens(ids, num_bytes)
 
 
-def _pieces(paths: Sequence[Path], tokenizer: Tokenizer, meter: Meter) -> Iterator[Piece]:
-    options = ReadOptions(cut=tokenizer.cut)
+def _pieces(paths: Sequence[Path], options: ReadOptions, meter: Meter) -> Iterator[Piece]:
     for path in paths:
         piece = None
         for piece in read_file(path, str(path), options, meter):
@@ -74,8 +79,10 @@ def _pieces(paths: Sequence[Path], tokenizer: Tokenizer, meter: Meter) -> Iterat
 
 
 def _append(spool: Any, tokens: npt.NDArray[Any]) -> None:
+    rest = memoryview(tokens.tobytes())
     try:
-        spool.write(tokens.tobytes())
+        while rest:
+            rest = rest[spool.write(rest) :]
     except OSError as error:
         raise DataError(
             f"{tempfile.gettempdir()}: cannot hold the text's tokens ({error.strerror}); let TMPDIR name a larger disk"
