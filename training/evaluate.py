@@ -214,7 +214,7 @@ class LoadedCheckpoint:
         tokens = self.tokens(source, on_progress)
         if isinstance(tokens, ExampleSplit):
             if stride is not None:
-                raise RecipeError("--stride is for texts, but the data are examples, which are read whole; leave it out")
+                raise RecipeError("--stride is for texts, but the data are examples, each read whole; leave it out")
             from training.evaluate_examples import evaluate_answers  # which needs this module
 
             return evaluate_answers(self.model, tokens, seq_len=seq_len, batch_size=batch_size)

@@ -247,6 +247,12 @@ def test_answers_to_rows_held_out_get_better(base: Path, rows: Path, tmp_path: P
     best = tmp_path / "run" / "checkpoints" / "best"
     assert load_chat_template(best) == load_chat_template(tmp_path / "run" / "data" / "tokenizer")
     assert instruct(base, rows, tmp_path / "run", epochs=3.0, test_fraction=0.1) == result  # nothing left to do
+    options = ["evaluate", str(best), "--data", str(tmp_path / "run" / "data"), "--seq-len", "96", "--json"]
+    for split, loss in (("val", result.best), ("test", result.test)):
+        done = CliRunner().invoke(app, [*options, "--split", split], catch_exceptions=False)
+        assert json.loads(done.stdout)["loss"] == pytest.approx(loss, rel=1e-5)
+    with pytest.raises(RecipeError, match="--stride is for texts, but the data are examples"):
+        CliRunner().invoke(app, [*options, "--stride", "4"], catch_exceptions=False)
 
 
 @pytest.mark.parametrize("changes", [{"packing": True}, {"lora_rank": 2}], ids=["packed", "lora"])
