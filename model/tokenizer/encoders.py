@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 from model.errors import TokenizerError
 from model.tokenizer.byte_bpe import BYTE_ALPHABET, ByteBpe, byte_bpe_document, byte_bpe_model
 from model.tokenizer.files import as_dict, special_token_entry, to_json_bytes, tokenizer_document
-from model.tokenizer.word_patterns import byte_level, split_at
+from model.tokenizer.word_patterns import MANY_CHARACTERS, byte_level, runnable_parts, split_at
 
 if TYPE_CHECKING:
     import tokenizers
@@ -65,10 +65,13 @@ class TiktokenEncoder:
         return self._bpe.normalizer(text)
 
     def encode(self, text: str, add_special: bool) -> list[int]:
-        return self._encoding.encode_ordinary(self._bpe.normalizer(text))
+        text = self._bpe.normalizer(text)
+        if len(text) <= MANY_CHARACTERS:
+            return self._encoding.encode_ordinary(text)
+        return [i for part in runnable_parts(text) for i in self._encoding.encode_ordinary(part)]
 
     def encode_batch(self, texts: Sequence[str], add_special: bool) -> list[list[int]]:
-        if len(texts) < 2:
+        if len(texts) < 2 or any(len(text) > MANY_CHARACTERS for text in texts):
             return [self.encode(text, add_special) for text in texts]
         texts = [self._bpe.normalizer(text) for text in texts]
         return self._encoding.encode_ordinary_batch(texts, num_threads=_BATCH_THREADS)

@@ -2,10 +2,13 @@
 
 tiktoken runs them by the crate fancy-regex, `tokenizers` by Oniguruma. Every pattern matches all of any text, gives a
 word the space before it, and begins a word at a space or line end that something visible follows. They are written with
-possessive quantifiers, so that no input makes them backtrack. Free of torch.
+possessive quantifiers, so that letters, digits and signs never make them backtrack. Free of torch.
 """
 
 from __future__ import annotations
+
+import re
+from collections.abc import Iterator
 
 from model.tokenizer.files import as_dict
 
@@ -26,6 +29,22 @@ DEVANAGARI_PATTERN = (
 WHITESPACE_PATTERN = r" ?\S++|\s++\z|\s+(?!\S)|\s"
 
 WORD_PATTERNS = {"gpt2": GPT2_PATTERN, "devanagari": DEVANAGARI_PATTERN, "whitespace": WHITESPACE_PATTERN}
+
+
+# fancy-regex panics at about a million states to go back to: one for each character of a run of white space before a
+# word, whose boundary always lies before the run's last character. (NFKC makes up to 18 characters of one.)
+MANY_CHARACTERS = 50_000
+_LONG_RUN = re.compile(rf"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{{{MANY_CHARACTERS},}}")
+
+
+def runnable_parts(text: str) -> Iterator[str]:
+    """The text, cut within long runs of white space where every pattern ends a word, so that tiktoken can read it."""
+    start = 0
+    for run in _LONG_RUN.finditer(text):
+        if run.end() < len(text):
+            yield text[start : run.end() - 1]
+            start = run.end() - 1
+    yield text[start:]
 
 
 def byte_level(*, use_regex: bool) -> dict[str, object]:
