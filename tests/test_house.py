@@ -43,6 +43,7 @@ TORCH_FREE = (
     "model.sampling_params",
     "model.tokenizer",
     "model.chat_template",
+    "model.controls",
     "model.hf_config",
     "model.manifest",
     "model.presets",

@@ -31,6 +31,7 @@ SHAKESPEARE = Tokenizer.characters(chr(0x41 + i) for i in range(65))
 # Weights of a layer of width D and inner width I: attention 4·D² (less with fewer key-value heads), MLP 2·D·I, or 3·D·I
 # where it is gated; LayerNorm 2·D, RMSNorm D.
 EXPECTED = {
+    "continue": (Tokenizer.gpt2(), 124_439_808),
     "cpu-smoke": (Tokenizer.bytes(), 771_328),
     "gpt1": (Tokenizer.gpt2(), 116_534_784 + (50_304 - 40_478) * 768),
     "gpt2-124m": (Tokenizer.gpt2(), 124_439_808 + (50_304 - 50_257) * 768),
