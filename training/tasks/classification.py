@@ -74,7 +74,8 @@ def finetune_classifier(
 
 
 def _prepare(request: FinetuneRequest, tokenizer: Tokenizer, model: Transformer) -> tuple[Examples, ClassifierConfig]:
-    base, limit = model.config, request.max_seq_len or model.config.max_seq_len
+    base = model.config
+    limit = base.max_seq_len if request.max_seq_len is None else request.max_seq_len
     if not 1 <= limit <= base.max_seq_len:
         raise RecipeError(f"--max-seq-len is {limit} but must lie between 1 and the model's context {base.max_seq_len}")
     if request.freeze_layers > base.num_layers:
