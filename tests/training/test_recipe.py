@@ -191,8 +191,8 @@ def test_a_recipe_of_the_package_goes_by_its_name(tmp_path: Path, monkeypatch: p
     ("name", "message"),
     [
         ("shakespear", r"^shakespear: no such recipe; did you mean shakespeare\?$"),
-        ("zzz", r"^zzz: no such recipe; known are cpu-smoke, .*shakespeare-char$"),
-        ("configs/shakespeare.toml", r"^configs/shakespeare\.toml: no such recipe; known by name are cpu-smoke,"),
+        ("zzz", r"^zzz: no such recipe; known are continue, .*shakespeare-char$"),
+        ("configs/shakespeare.toml", r"^configs/shakespeare\.toml: no such recipe; known by name are continue,"),
         ("shakespeare.yaml", r"^shakespeare\.yaml: no such recipe; known by name are"),
     ],
 )
