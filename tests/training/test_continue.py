@@ -23,6 +23,7 @@ from tests.training.conftest import ConfigMaker, train
 from tests.training.test_cli import call
 from training.build import make_model, make_model_config
 from training.config import ModelSection, TrainConfig
+from training.data.prepare import PrepareRequest, prepare
 from training.data.shards import read_manifest as read_data_manifest
 from training.errors import RecipeError
 from training.export import export_checkpoint
@@ -233,6 +234,22 @@ def test_from_prose_to_verse(
         torch.testing.assert_close(ours.compute_logits(ours(ids)), theirs(ids).logits, rtol=1e-4, atol=1e-4)
     export_checkpoint(best, tmp_path / "exported")
     assert f"| started from | `{digest}` |" in (tmp_path / "exported" / "README.md").read_text()
+
+
+def test_a_run_with_new_tokens_resumes_to_the_bit(make_config: ConfigMaker, text_file: Path, tmp_path: Path) -> None:
+    base = folder_of(make_config(), BYTES, tmp_path / "base")
+    prepare(PrepareRequest((str(text_file),), tmp_path / "data", str(base), text_tokens=("quill",)))
+
+    def config(run: str, steps: int) -> TrainConfig:
+        where = {"data__dir": str(tmp_path / "data"), "run__dir": str(tmp_path / run), "train__schedule": "constant"}
+        return from_weights(make_config(**where, train__max_steps=steps), base, dropout=0.1)
+
+    train(config("whole", 8))
+    train(config("parts", 4))
+    train(config("parts", 8))
+    whole, parts = (weights_digest(tmp_path / run / "checkpoints" / "last") for run in ("whole", "parts"))
+    assert whole == parts
+    assert Tokenizer.load(tmp_path / "whole/checkpoints/last").encode("a quill") == [97, 32, 257]
 
 
 def test_a_resumed_run_remembers_the_weights_it_began_with(make_config: ConfigMaker, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from training.data.prepare import PrepareRequest, prepare
 from training.data.shards import DataManifest, read_manifest
 from training.errors import DataError, RecipeError
 from training.export import export_checkpoint
+from training.generate import TextGenerator
 
 METERS, THEMES = ("doha", "चौपाई"), ("night", "rain", "sea")
 VERSE = Controls({"meter": METERS, "theme": THEMES})
@@ -343,5 +344,7 @@ def test_a_trained_model_writes_what_the_control_says(
     )  # fmt: skip
     assert (status, err) == (0, "")
     assert set(out.strip()) <= set("CD")
+    typed = TextGenerator.load(best, device="cpu").prompt_ids("<|theme:b|>", ["theme=a"])
+    assert typed == [256, tokenizer.special_tokens["<|theme:a|>"], *b"<|theme:b|>"]
     status, _, err = call(capsys, monkeypatch, "generate", best, "--control", "theme=c", "--device", "cpu")
     assert (status, err) == (1, "error: control theme has no value 'c', only a, b\n")
