@@ -21,9 +21,14 @@ def shell_commands(text: str) -> list[str]:
 
 def training_command(words: str) -> tuple[str, dict[str, Any]]:
     """The sub-command's name and its parameters. Raises what the parser raises for a line that it would refuse."""
-    group: Any = typer.main.get_command(app)
     name, *arguments = shlex.split(words, comments=True)
-    with group.make_context("training", [name, *arguments]) as context:
-        _, command, rest = group.resolve_command(context, [name, *arguments])
-        with command.make_context(name, rest, parent=context) as sub_context:
-            return name, sub_context.params
+    return name, _parameters(typer.main.get_command(app), None, "training", [name, *arguments])
+
+
+def _parameters(command: Any, parent: Any, name: str, arguments: list[str]) -> dict[str, Any]:
+    """What the innermost command would be called with."""
+    with command.make_context(name, list(arguments), parent=parent) as context:
+        if not hasattr(command, "resolve_command"):
+            return dict(context.params)
+        inner_name, inner, rest = command.resolve_command(context, list(arguments))
+        return _parameters(inner, context, inner_name, rest)
