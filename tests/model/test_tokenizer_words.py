@@ -55,7 +55,7 @@ def variants(tmp_path_factory: pytest.TempPathFactory) -> dict[object, tuple[Tok
 
 
 @pytest.mark.parametrize(("name", "steps"), VARIANTS)
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=MIXED)
 def test_tiktoken_gives_the_librarys_ids(variants, name: str, steps: tuple[str, ...], text: str) -> None:
     tokenizer, oracle = variants[name, steps]
@@ -67,7 +67,7 @@ def test_tiktoken_gives_the_librarys_ids(variants, name: str, steps: tuple[str, 
     assert tokenizer.normalize(text) == normalized == tokenizer.decode(ids)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(text=st.lists(st.sampled_from(SYLLABLES), max_size=24).map("".join))
 def test_devanagari_words_never_cut_a_cluster(text: str) -> None:
     words = split(DEVANAGARI_PATTERN, text)
@@ -93,7 +93,7 @@ def test_without_marks_devanagari_words_are_gpt2s(text: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "steps"), VARIANTS)
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=MIXED, data=st.data())
 def test_text_cut_where_the_tokenizer_allows_has_the_ids_of_the_whole(variants, name, steps, text: str, data) -> None:
     tokenizer, _ = variants[name, steps]
@@ -111,8 +111,15 @@ def test_compatibility_forms_must_not_be_cut(variants) -> None:
     assert parts != tokenizer.encode("a   ´")
 
 
-@pytest.mark.parametrize("text", [" " * 1_500_000 + "x", "क" * 300_000, "्" * 300_000, "." * 300_000])
-@pytest.mark.parametrize("name", list(WORD_PATTERNS))
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("gpt2", " " * 1_200_000 + "x"),
+        ("devanagari", " " * 1_200_000 + "x"),
+        *[("devanagari", sign * 200_000) for sign in "क्."],
+        ("whitespace", "." * 200_000),
+    ],
+)
 def test_long_runs_are_read(variants, name: str, text: str) -> None:
     """White space before a word beyond what fancy-regex can go back over."""
     tokenizer, _ = variants[name, ()]
@@ -123,7 +130,7 @@ def test_long_runs_are_read(variants, name: str, text: str) -> None:
 @pytest.mark.parametrize("run", [" ", "\n ", "\u3000", " \t"])
 def test_long_white_space_has_the_librarys_ids(variants, name: str, run: str) -> None:
     tokenizer, oracle = variants[name, ()]
-    text = f"{run * 60_000}यह{run * 60_000}।{run * 30_000}"
+    text = f"{run * 60_000}यह{run * 30_000}।{run * 5_000}"
     assert tokenizer.encode(text) == oracle.encode(text).ids
 
 
