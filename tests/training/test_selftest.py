@@ -22,18 +22,19 @@ from training import cli, selftest
 from training.selftest import CHECKS, Subject, load_subject, run_checks
 
 
-@pytest.fixture(params=["gpt2", "llama"])
-def subject(request: pytest.FixtureRequest, tmp_path: Path) -> Subject:
-    return load_subject(save_tiny_model(tmp_path / "model", request.param), "tiny", "cpu")
+@pytest.fixture
+def subject(tmp_path: Path) -> Subject:
+    return load_subject(save_tiny_model(tmp_path / "model", "gpt2"), "tiny", "cpu")
 
 
 def failed(subject: Subject) -> set[str]:
     return {check.name for check in run_checks(subject) if not check.passed}
 
 
-def test_a_sound_model_passes(subject: Subject) -> None:
-    assert failed(subject) == set()
-    assert [check.name for check in run_checks(subject)] == list(CHECKS)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_sound_model_passes(family: str, tmp_path: Path) -> None:
+    checks = run_checks(load_subject(save_tiny_model(tmp_path / "model", family), "tiny", "cpu"))
+    assert [(check.name, check.passed) for check in checks] == [(name, True) for name in CHECKS]
 
 
 def test_a_look_ahead_is_found(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
