@@ -101,7 +101,7 @@ def _learn_bpe(plan: Plan, counts: Counter[str], texts: Iterable[str]) -> Docume
 
     plan.require_size(256 + len(plan.special_tokens), "256 bytes and the special tokens")
     tokens = [*(bytes([byte]) for byte in range(256))]
-    merges = _character_merges(plan, counts, plan.vocab_size - len(plan.special_tokens) - len(tokens))
+    merges = _character_merges(counts, plan.vocab_size - len(plan.special_tokens) - len(tokens))
     tokens += [left + right for left, right in merges]
     alphabet = [character for character in counts if character.encode() in set(tokens)]
     tokenizer = Tokenizer(models.BPE())
@@ -132,14 +132,14 @@ def _learn_bpe(plan: Plan, counts: Counter[str], texts: Iterable[str]) -> Docume
     )
 
 
-def _character_merges(plan: Plan, counts: Counter[str], room: int) -> list[tuple[bytes, bytes]]:
+def _character_merges(counts: Counter[str], room: int) -> list[tuple[bytes, bytes]]:
     """The merges that build characters of several bytes, the most frequent first, as far as three quarters of the room
     go: of a character of three bytes the first two, which its neighbours share, then the third."""
     merges: dict[bytes, tuple[bytes, bytes]] = {}
-    for character, count in sorted(counts.items(), key=lambda entry: (-entry[1], entry[0])):
+    for character in sorted(counts, key=lambda character: (-counts[character], character)):
         data = character.encode()
         new = {data[:end]: (data[: end - 1], data[end - 1 : end]) for end in range(2, len(data) + 1)}
-        if count < plan.min_frequency or len(merges | new) > room * 3 // 4:
+        if len(merges | new) > room * 3 // 4:
             break
         merges |= new
     return [merges[token] for token in sorted(merges, key=lambda token: (len(token), token))]
