@@ -118,7 +118,7 @@ def run_row(row: Row, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pyte
             case ["python", "-m", "training", *rest]:
                 run_in_process(rest, monkeypatch)
             case ["python", "-m", "pytest" | "benchmarks.training" as module, *rest]:
-                rest = [str(folder / word) if word.endswith(".json") else word for word in rest]
+                rest = [str(folder / word) if word.endswith((".json", "book.txt")) else word for word in rest]
                 printed += run_apart([sys.executable, "-m", module, *rest], ROOT)
             case ["torchrun", *rest]:
                 monkeypatch.setenv("PYTHONPATH", str(ROOT))
