@@ -29,7 +29,7 @@ def run(*words: object) -> None:
         assert not end.value.code
 
 
-def make_checkpoint(root: Path, num_sentences: int, steps: int) -> Path:
+def make_checkpoint(root: Path, num_sentences: int, steps: int, hidden_size: int) -> Path:
     """A small Llama trained on the sample and on what the grammar makes of it."""
     text = root / "hindi.txt"
     text.write_text(SAMPLE + hindi_text(num_sentences).replace("। ", "।\n"), encoding="utf-8")
@@ -38,7 +38,8 @@ def make_checkpoint(root: Path, num_sentences: int, steps: int) -> Path:
     run("prepare", "--input", text, "--documents", "line", "--tokenizer", root / "tokenizer", "--out", root / "data",
         "--json")  # fmt: skip
     run("train", "cpu-smoke", f"data.dir={root / 'data'}", f"run.dir={root / 'run'}", "model.num_layers=1",
-        "model.hidden_size=64", "model.max_seq_len=64", "train.seq_len=32", "train.batch_size=16", "train.lr=1e-2",
+        f"model.hidden_size={hidden_size}", "model.max_seq_len=64", "train.seq_len=32", "train.batch_size=16",
+        f"train.lr={0.64 / hidden_size}",
         f"train.max_steps={steps}", f"train.eval_interval={steps}", f"train.save_interval={steps}",
         "train.eval_tokens=1024", "run.sample_tokens=0")  # fmt: skip
     return root / "run" / "checkpoints" / "best"
@@ -46,7 +47,7 @@ def make_checkpoint(root: Path, num_sentences: int, steps: int) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("hindi"), 400, 80)
+    return make_checkpoint(tmp_path_factory.mktemp("hindi"), 400, 80, 64)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def server(checkpoint: Path) -> Iterator[RealServer]:
 def generate(server: RealServer, count: int, **body: Any) -> tuple[list[Answer], list[Answer]]:
     """As many generations as streams, and the same ones whole."""
     bodies = [
-        {"prompt": ("", "सुबह", "नदी", "रात को", "“")[seed % 5], "temperature": 1.0, "seed": seed,
+        {"prompt": ("", "सुबह", "वर्षा में", "रात को", "बुधवार को")[seed % 5], "temperature": 1.0, "seed": seed,
          "max_tokens": MAX_TOKENS, **body}
         for seed in range(count)
     ]  # fmt: skip
@@ -118,15 +119,15 @@ def test_the_checkpoint_carries_the_tokenizer(checkpoint: Path, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_200_generations_stream_without_a_broken_character(tmp_path: Path) -> None:
-    checkpoint = make_checkpoint(tmp_path, 2_500, 600)
+    checkpoint = make_checkpoint(tmp_path, 2_500, 600, 128)
     with running(checkpoint, "--num-threads", "1") as server:
         server.wait_ready()
         streams, whole = generate(server, 200, top_p=0.999)
         check(streams, whole, checkpoint)
         assert broken_deltas(streams) == []
-        # Of everything that a small model may draw, bytes that are no character come once in some thousand tokens.
+        # Of all that a small model may draw, bytes that are no character come once in some ten thousand tokens.
         streams, whole = generate(server, 200)
         check(streams, whole, checkpoint)
         num_tokens = sum(len(stream.only.token_ids) for stream in streams)
         print(f"temperature 1: {len(broken_deltas(streams))} broken deltas among {num_tokens} tokens of 200 streams")
-        assert len(broken_deltas(streams)) <= num_tokens / 1000
+        assert len(broken_deltas(streams)) <= num_tokens / 1_000
