@@ -304,6 +304,13 @@ def test_options_that_cannot_be_used_are_refused(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_that_never_began_may_begin_otherwise(base: Path, rows: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no answer of the train split lies within train\.seq_len, 8"):
+        instruct(base, rows, tmp_path / "run", max_seq_len=8)
+    assert not (tmp_path / "run" / "state").exists()
+    assert instruct(base, rows, tmp_path / "run", epochs=0.1, val_fraction=0.2).finished
+
+
 def test_examples_that_do_not_fit_are_counted(base: Path, tmp_path: Path) -> None:
     answers = ["short", "long " * 20, "short"] * 10
     rows = [{"instruction": f"Go {n}.", "output": answer} for n, answer in enumerate(answers)]

@@ -17,6 +17,7 @@ from rich.console import Console
 from model.checkpoint import load_config as load_model_config
 from model.checkpoint import load_model
 from training.build import DTYPES
+from training.checkpoint import has_state
 from training.config import TrainConfig
 from training.data.dataset import make_loader, open_dataset, open_split
 from training.data.examples import ExampleSplit
@@ -69,15 +70,11 @@ class InstructRequest:
 
     @property
     def data(self) -> InstructDataRequest:
+        """Into the run folder; what a run that has not begun was to read may be replaced."""
         return InstructDataRequest(
-            self.inputs,
-            self.out / "data",
-            str(self.init_from),
-            self.template,
-            self.val_fraction,
-            self.test_fraction,
-            self.digests,
-        )
+            self.inputs, self.out / "data", str(self.init_from), self.template, self.val_fraction, self.test_fraction,
+            self.digests, force=not has_state(self.out),
+        )  # fmt: skip
 
     def config(self, *, seq_len: int, steps: int | None = None, steps_per_epoch: int | None = None) -> TrainConfig:
         """The recipe with what the options say; the overrides come last."""

@@ -69,7 +69,7 @@ def write_template(name: str, tokenizer: Tokenizer, folder: Path) -> ChatTemplat
     if own is not None:
         return own
     if tokenizer.eos_token_id is None:
-        raise RecipeError("--init-from: its tokenizer has no end-of-text token, so that answers could not end")
+        raise RecipeError("the tokenizer has no end-of-text token, so that answers could not end; use another model")
     # Written out, for a template would otherwise need tokenizer_config.json to name the tokens.
     begins = tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
     source = _SOURCES[name].replace("BOS", _literal(tokenizer, tokenizer.bos_token_id if begins else None))
