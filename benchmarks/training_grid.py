@@ -150,4 +150,4 @@ def print_grid(console: Console, plan: GridPlan, what: str, rows: Sequence[Mappi
             f"{row['memory']:.0%}", f"{claimed[0]} ms, {claimed[1]:,}/s" if claimed else "–",
         )  # fmt: skip
     console.print(table)
-    console.print(f"The seeds claim: {CLAIM}", markup=False, highlight=False)
+    console.print(f"Published elsewhere: {CLAIM}", markup=False, highlight=False)

@@ -1,4 +1,4 @@
-"""The seeds' ladder of speed-ups on one model: each rung adds one thing to the last, and the top is our trainer.
+"""A ladder of speed-ups on one model: each rung adds one thing to the last, and the top is our trainer.
 
 The rungs below the top run in this process: the same Transformer and loss, AdamW from torch. The top is the public
 command with the same model and batch.
@@ -34,7 +34,7 @@ FINAL = "ours: python -m training train"
 
 @dataclass(frozen=True)
 class Rung:
-    """`claim` is the seeds' figure: tokens/s of a logged run on an unnamed GPU at 16 x 1,024, or words of theirs."""
+    """`claim` is the published figure: tokens/s of a logged run on an unnamed GPU at 16 x 1,024, or words of theirs."""
 
     name: str
     settings: StepSettings
@@ -68,7 +68,7 @@ class LadderPlan:
 
 
 def make_plan(device: str, threads: int, *, quick: bool) -> LadderPlan:
-    """GPT-2 124M, the seeds' model: the vocabulary's padding needs a large one to show anything."""
+    """GPT-2 124M: the vocabulary's padding needs a large one to show anything."""
     if quick:
         return LadderPlan(TINY, Shape(2, 32), 1, 2, device, threads)
     if device == "cuda":
@@ -159,8 +159,8 @@ def add_ratios(rows: Sequence[dict[str, Any]]) -> None:
 def print_ladder(console: Console, plan: LadderPlan, rows: Sequence[Mapping[str, Any]]) -> None:
     title = f"Ladder, {plan.model.name}, batch {plan.shape}, {plan.device}, {plan.threads} threads"
     table = Table(title=title, title_justify="left")
-    for column in ("rung", "ms/step", "tokens/s", "× float32", "× rung before", "seeds' figure"):
-        table.add_column(column, justify="left" if column in ("rung", "seeds' figure") else "right")
+    for column in ("rung", "ms/step", "tokens/s", "× float32", "× rung before", "published figure"):
+        table.add_column(column, justify="left" if column in ("rung", "published figure") else "right")
     for row in rows:
         name = row["rung"] + (f" ({row['note']})" if "note" in row else "")
         if "tokens_per_second" in row:

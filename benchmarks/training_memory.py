@@ -1,4 +1,4 @@
-"""Activation checkpointing: what it saves in memory and costs in time, beside the seeds' claim about it.
+"""Activation checkpointing: what it saves in memory and costs in time, beside a published claim about it.
 
     python -m benchmarks.training_memory '{"model": "tiny", …}'      one variant, one JSON line (used by the table)
 
@@ -146,7 +146,7 @@ def print_trade(console: Console, plan: MemoryPlan, rows: Sequence[Mapping[str, 
         peak = "–" if row["peak_reduction"] is None else f"{-row['peak_reduction']:+.0%}"
         table.add_row(f"{row['dtype']}, trade", f"{row['slower']:+.0%}", f"{-row['kept_reduction']:+.0%}", peak)
     console.print(table)
-    console.print(f"The seeds claim: {CLAIM}", markup=False, highlight=False)
+    console.print(f"Published elsewhere: {CLAIM}", markup=False, highlight=False)
 
 
 def main(argv: Sequence[str]) -> int:

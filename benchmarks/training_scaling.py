@@ -1,4 +1,4 @@
-"""The seeds' scaling exponent, tried on toys: loss ~ N^-alpha over models of a few thousand to a few hundred thousand.
+"""A scaling exponent, tried on toys: loss ~ N^-alpha over models of a few thousand to a few hundred thousand.
 
 Kaplan et al. 2020 (section 3.2) find 0.076 for models of up to 1.5 billion parameters, trained to convergence on a text
 that does not run out. Models this small, trained for some hundred steps on a megabyte, show the direction and no more:
