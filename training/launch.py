@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 from collections.abc import Iterator, MutableMapping
 
 from model.errors import QuillError
+
+# glibc's <malloc.h>
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
 def share_cores(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -17,6 +21,18 @@ def share_cores(environment: MutableMapping[str, str] = os.environ) -> None:
     """
     if "OMP_WAIT_POLICY" not in environment:
         environment.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+def keep_freed_memory() -> None:
+    """For a step on the CPU: freed tensors stay with the process, and the next step finds them there.
+
+    By default glibc gives large blocks back to the system and gets them again zeroed, page by page: a sixth of a step.
+    Where the C library has no mallopt, nothing is done.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 << 20)):
+            mallopt(parameter, value)
 
 
 @contextlib.contextmanager

@@ -11,9 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from training.data.examples import IGNORED
 
-# Logits that may exist at once on the CPU. 2^25 float32 values are 128 MiB; the backward pass needs about three times
+# Logits that may exist at once on the CPU. 2^26 float32 values are 256 MiB; the backward pass needs about three times
 # that.
-MAX_LOGITS = 1 << 25
+MAX_LOGITS = 1 << 26
 # A GPU gives a quarter of its memory to logits, their float32 copy and their gradient, 12 bytes each in all: chunks of
 # few rows would leave it idle, and each is computed twice.
 _GPU_BYTES_PER_LOGIT = 4 * 12

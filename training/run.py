@@ -27,7 +27,7 @@ from training.distributed import Distributed, init_distributed
 from training.errors import RecipeError
 from training.generate import prompt_ids
 from training.init_from import describe_start
-from training.launch import one_voice
+from training.launch import keep_freed_memory, one_voice
 from training.lora import add_adapters
 from training.optim import build_optimizers
 from training.parallel import ParallelModel
@@ -66,6 +66,8 @@ def run_training(config: TrainConfig, resume: Resume, console: Console) -> bool:
 def run_on_rank(config: TrainConfig, resume: Resume, console: Console, distributed: Distributed) -> bool:
     """`run_training` in a group that has been joined."""
     run_dir = Path(config.run.dir)
+    if distributed.device.type == "cpu":
+        keep_freed_memory()
     if distributed.is_main:
         require_usable(run_dir, resume)
     inputs = open_inputs(config, distributed)
