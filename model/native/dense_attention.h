@@ -1,5 +1,5 @@
 /* Causal attention of whole sequences and its gradient, for training on the CPU: one translation of this text per
- * instruction set and element type, with the macros of paged_attention.h.
+ * instruction set and element type, with the macros of variants.h.
  *
  * A unit of work is a sequence and kv head. Its queries are taken in blocks of BLOCK rows (Dao et al. 2022, with the
  * keys of a block all at once): scores against the keys up to the diagonal, softmax, weighted values. The gradient makes

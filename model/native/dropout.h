@@ -1,4 +1,4 @@
-/* Dropout of up to one chunk of neighbouring elements, with the macros of dense_attention.h. */
+/* Dropout of up to one chunk of neighbouring elements, with the macros of variants.h. */
 
 static void NAME(drop_chunk)(const void *input, void *output, int64_t count, uint32_t key, uint32_t drop_below,
                              float keep_scale) {

@@ -20,61 +20,10 @@ typedef struct {
     int32_t operation, kind, gated, is_bfloat16, num_threads;
 } elementwise;
 
-#define ELEMENT float
-#define NARROW NARROW_F32
-#define TO_FLOAT TO_FLOAT_F32
-#define NAME(x) x##_f32_base
-#include "elementwise.h"
-#include "rms_norm.h"
-#undef NAME
-#ifdef HAVE_X86_VARIANTS
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#define NAME(x) x##_f32_avx2
-#include "elementwise.h"
-#include "rms_norm.h"
-#undef NAME
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
-#define NAME(x) x##_f32_avx512
-#include "elementwise.h"
-#include "rms_norm.h"
-#undef NAME
-#pragma GCC pop_options
-#endif
-#undef ELEMENT
-#undef NARROW
-#undef TO_FLOAT
-
-#define ELEMENT uint16_t
-#define NARROW NARROW_BF16
-#define TO_FLOAT TO_FLOAT_BF16
-#define NAME(x) x##_bf16_base
-#include "elementwise.h"
-#include "rms_norm.h"
-#undef NAME
-#ifdef HAVE_X86_VARIANTS
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#define NAME(x) x##_bf16_avx2
-#include "elementwise.h"
-#include "rms_norm.h"
-#undef NAME
-#pragma GCC pop_options
-#undef NARROW
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prefer-vector-width=512")
-#define NARROW(dst, v) _mm256_storeu_si256((__m256i *)(dst), (__m256i)_mm512_cvtneps_pbh((__m512)(v)))
-#define NAME(x) x##_bf16_avx512
-#include "elementwise.h"
-#include "rms_norm.h"
-#undef NAME
-#pragma GCC pop_options
-#endif
-#undef ELEMENT
-#undef NARROW
-#undef TO_FLOAT
+#define KERNELS "elementwise.h"
+#include "variants.h"
+#define KERNELS "rms_norm.h"
+#include "variants.h"
 
 typedef void (*operation)(const elementwise *, int64_t);
 

@@ -1,4 +1,4 @@
-/* Activations, RMS norm and rotary positions of training, forwards and backwards, with the macros of dense_attention.h.
+/* Activations, RMS norm and rotary positions of training, forwards and backwards, with the macros of variants.h.
  * Rows are [columns]; columns are multiples of TILE. Arithmetic is in float32 whatever the elements are.
  */
 

@@ -40,63 +40,8 @@ static inline int64_t tile_index(const attention_step *p, int64_t seq, int64_t k
     return (block * p->num_kv_heads + kv_head) * tiles_each + tile % tiles_each;
 }
 
-/* float32 and bfloat16 in portable vectors, for whatever the compiler's base instruction set is. */
-#define ELEMENT float
-#define PAIR 1
-#define DOT dot_f32
-#define NARROW NARROW_F32
-#define NAME(x) x##_f32_base
-#include "paged_attention.h"
-#undef NAME
-#ifdef HAVE_X86_VARIANTS
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#define NAME(x) x##_f32_avx2
-#include "paged_attention.h"
-#undef NAME
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
-#define NAME(x) x##_f32_avx512
-#include "paged_attention.h"
-#undef NAME
-#pragma GCC pop_options
-#endif
-#undef ELEMENT
-#undef PAIR
-#undef DOT
-#undef NARROW
-
-#define ELEMENT uint16_t
-#define PAIR 2
-#define DOT dot_bf16
-#define NARROW NARROW_BF16
-#define NAME(x) x##_bf16_base
-#include "paged_attention.h"
-#undef NAME
-#ifdef HAVE_X86_VARIANTS
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#define NAME(x) x##_bf16_avx2
-#include "paged_attention.h"
-#undef NAME
-#pragma GCC pop_options
-#undef DOT
-#undef NARROW
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prefer-vector-width=512")
-#define DOT(acc, v, s) \
-    ((v16f)_mm512_dpbf16_ps((__m512)(acc), (__m512bh)(v), (__m512bh)_mm512_set1_epi32((int32_t)(s))))
-#define NARROW(dst, v) _mm256_storeu_si256((__m256i *)(dst), (__m256i)_mm512_cvtneps_pbh((__m512)(v)))
-#define NAME(x) x##_bf16_avx512
-#include "paged_attention.h"
-#undef NAME
-#pragma GCC pop_options
-#endif
-#undef ELEMENT
-#undef PAIR
-#undef DOT
-#undef NARROW
+#define KERNELS "paged_attention.h"
+#include "variants.h"
 
 typedef struct {
     const char *name;

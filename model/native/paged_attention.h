@@ -1,12 +1,6 @@
 /* Paged attention on the CPU, one translation of this text per instruction set and element type.
  *
- * Included by kernels.c with these macros defined:
- *   NAME(x)           a suffix for every function
- *   ELEMENT           the cache's element: uint16_t (bfloat16) or float
- *   PAIR              elements in one 32-bit step: 2 for bfloat16, 1 for float32
- *   DOT(acc, v, s)    acc + v * s per lane; v holds 16 lanes of 32 bits, s one 32-bit step of the other operand
- *   LOWER_HALF(v)     v with the second element of every pair cleared (bfloat16 only)
- *   NARROW(dst, v)    store 16 floats as elements
+ * The macros are those of variants.h; LOWER_HALF(v) is v with the second element of every pair cleared (bfloat16 only).
  *
  * The layout of a tile (16 tokens of one kv head), chosen so that every load is a full vector:
  *   keys    [ceil(d / PAIR)][16 tokens][PAIR]    a step along d for 16 tokens at once

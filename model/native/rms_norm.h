@@ -1,4 +1,4 @@
-/* RMS norm of float32 rows, whose result is ELEMENT, with the macros of dense_attention.h. */
+/* RMS norm of float32 rows, whose result is ELEMENT, with the macros of variants.h. */
 
 /* y = x / rms(x) weight, and 1 / rms(x). */
 static void NAME(norm)(const elementwise *p, int64_t row) {

@@ -71,76 +71,10 @@ static inline __attribute__((always_inline)) v16i kept16(uint32_t key, uint32_t 
     return (v16i)(x >= drop_below);
 }
 
-#define ELEMENT float
-#define PAIR 1
-#define DOT dot_f32
-#define NARROW NARROW_F32
-#define WIDEN WIDEN_F32
-#define TO_FLOAT TO_FLOAT_F32
-#define NAME(x) x##_f32_base
-#include "dense_attention.h"
-#include "dropout.h"
-#undef NAME
-#ifdef HAVE_X86_VARIANTS
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#define NAME(x) x##_f32_avx2
-#include "dense_attention.h"
-#include "dropout.h"
-#undef NAME
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
-#define NAME(x) x##_f32_avx512
-#include "dense_attention.h"
-#include "dropout.h"
-#undef NAME
-#pragma GCC pop_options
-#endif
-#undef ELEMENT
-#undef PAIR
-#undef DOT
-#undef NARROW
-#undef WIDEN
-#undef TO_FLOAT
-
-#define ELEMENT uint16_t
-#define PAIR 2
-#define DOT dot_bf16
-#define NARROW NARROW_BF16
-#define WIDEN WIDEN_BF16
-#define TO_FLOAT TO_FLOAT_BF16
-#define NAME(x) x##_bf16_base
-#include "dense_attention.h"
-#include "dropout.h"
-#undef NAME
-#ifdef HAVE_X86_VARIANTS
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#define NAME(x) x##_bf16_avx2
-#include "dense_attention.h"
-#include "dropout.h"
-#undef NAME
-#pragma GCC pop_options
-#undef DOT
-#undef NARROW
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prefer-vector-width=512")
-#define DOT(acc, v, s) \
-    ((v16f)_mm512_dpbf16_ps((__m512)(acc), (__m512bh)(v), (__m512bh)_mm512_set1_epi32((int32_t)(s))))
-#define NARROW(dst, v) _mm256_storeu_si256((__m256i *)(dst), (__m256i)_mm512_cvtneps_pbh((__m512)(v)))
-#define NAME(x) x##_bf16_avx512
-#include "dense_attention.h"
-#include "dropout.h"
-#undef NAME
-#pragma GCC pop_options
-#endif
-#undef ELEMENT
-#undef PAIR
-#undef DOT
-#undef NARROW
-#undef WIDEN
-#undef TO_FLOAT
+#define KERNELS "dense_attention.h"
+#include "variants.h"
+#define KERNELS "dropout.h"
+#include "variants.h"
 
 typedef struct {
     void (*attend_sequence)(const dense_step *, const dense_scratch *, int64_t, int64_t);
