@@ -98,13 +98,19 @@ class ModelRunner:
         """Logits [samples, V] of the rows that are to be sampled, or None if there are none."""
         if self._graphs is not None and self._graphs.can_replay(batch):
             return self._graphs.replay(inputs)
-        hidden = self.forward(inputs)
-        if not any(batch.needs_sample):
-            return None
-        return self.model.compute_logits(hidden.index_select(0, inputs.sample_rows))
+        hidden = self.hidden_states(inputs)
+        return self.logits(hidden) if len(hidden) else None
+
+    def hidden_states(self, inputs: StepInputs) -> torch.Tensor:
+        """Run a step, writing its KV; the hidden states [samples, D] of `inputs.sample_rows`."""
+        return self.forward(inputs).index_select(0, inputs.sample_rows)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [rows, V] of hidden states [rows, D]."""
+        return self.model.compute_logits(hidden)
 
     def forward(self, inputs: StepInputs) -> torch.Tensor:
-        """Hidden states [N, D] of a step."""
+        """Hidden states [N, D] of all of a step's tokens."""
         paged = PagedBatch(self.backend, self.cache, inputs.metadata, self.model_config.sliding_window)
         return self.model.forward_paged(inputs.input_ids, inputs.positions, paged)
 
