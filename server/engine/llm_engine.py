@@ -7,11 +7,13 @@ import logging
 import time
 from pathlib import Path
 
+import msgspec
 import torch
 
 from model.manifest import read_manifest, weights_digest
 from server.engine.block_manager import BlockManager
 from server.engine.config import EngineConfig
+from server.engine.invariance import InvarianceCheck
 from server.engine.messages import (
     AddRequest,
     EngineInfo,
@@ -44,6 +46,7 @@ class LLMEngine:
         self.scheduler = Scheduler(
             self.block_manager, limits.max_num_seqs, limits.max_num_batched_tokens, limits.max_model_len
         )
+        self.invariance = InvarianceCheck(self.runner, self.block_manager)
         self.info = self._describe(time.monotonic() - started)
 
     @property
@@ -81,6 +84,16 @@ class LLMEngine:
         if not batch.is_empty:
             outputs += self._run(batch)
         return StepOutput(outputs, self.stats(), batch.num_tokens)
+
+    def advance_check(self) -> bool:
+        """Run one step of the check whether tokens depend on their load, between requests only: the engine must have
+        none. True when `info` has its answer."""
+        assert not self.has_unfinished, "the check needs the blocks that requests would hold"
+        answer = self.invariance.advance()
+        if answer is None:
+            return False
+        self.info = msgspec.structs.replace(self.info, deterministic=answer)
+        return True
 
     def stats(self) -> EngineStats:
         scheduler, blocks = self.scheduler, self.block_manager

@@ -12,6 +12,8 @@ from model.sampling_params import SamplingParams
 
 GENERATION, CLASSIFICATION = "generation", "classification"
 """What a model is served for."""
+YES, NO, UNCHECKED = "yes", "no", "unchecked"
+"""Whether tokens are known not to depend on what else the engine runs: see server/engine/invariance.py."""
 
 
 class AddRequest(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -103,7 +105,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
 
 
 class EngineInfo(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Sent once when the engine is ready to take requests."""
+    """Sent when the engine is ready to take requests, and again once it knows whether it is `deterministic`."""
 
     models: list[ModelInfo]
     device: str
@@ -117,6 +119,7 @@ class EngineInfo(msgspec.Struct, frozen=True, array_like=True, tag=True):
     max_model_len: int
     torch_version: str
     load_seconds: float
+    deterministic: str = UNCHECKED
 
 
 class EngineFault(msgspec.Struct, frozen=True, array_like=True, tag=True):

@@ -94,6 +94,11 @@ class ModelRunner:
         sampling.record(output.token_ids)
         return RunOutput(output.token_ids.tolist(), _logprobs(sampled, output.token_ids, output.logprobs))
 
+    @torch.inference_mode()
+    def compute_logits(self, batch: ScheduledBatch) -> torch.Tensor | None:
+        """What `run` would sample from: logits [samples, V] that the next step may overwrite, or None without any."""
+        return self._logits(batch, self._inputs.build(batch))
+
     def _logits(self, batch: ScheduledBatch, inputs: StepInputs) -> torch.Tensor | None:
         """Logits [samples, V] of the rows that are to be sampled, or None if there are none."""
         if self._graphs is not None and self._graphs.can_replay(batch):

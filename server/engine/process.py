@@ -85,16 +85,19 @@ def _make_engine(config: EngineConfig) -> Engine:
 
 
 def _serve(channel: SocketChannel, engine: Engine) -> None:
-    """Take what has arrived, run a step, send its output; again."""
+    """Take what has arrived, run a step, send its output; again. The first idle moments go to the engine's check."""
     last_sent = time.monotonic()
+    unchecked = engine if isinstance(engine, LLMEngine) else None
     while True:
         refused: list[SequenceOutput] = []
-        messages = channel.receive(0.0 if engine.has_unfinished else _HEARTBEAT)
+        messages = channel.receive(0.0 if engine.has_unfinished or unchecked is not None else _HEARTBEAT)
         for message in messages:
             request = _decoder.decode(message)
             if isinstance(request, Shutdown):
                 return
             refused += _take(engine, request)
+        if unchecked is not None and _check(channel, unchecked):
+            unchecked = None
         if engine.has_unfinished:
             output = engine.step()
             if refused:
@@ -105,6 +108,18 @@ def _serve(channel: SocketChannel, engine: Engine) -> None:
             continue
         channel.send(_encoder.encode(output))
         last_sent = time.monotonic()
+
+
+def _check(channel: SocketChannel, engine: LLMEngine) -> bool:
+    """Go on with the check, or drop it while there are requests. True when it is over and its answer sent."""
+    if engine.has_unfinished:
+        engine.invariance.reset()
+        return False
+    if not engine.advance_check():
+        return False
+    logger.info("tokens do not depend on what else runs here: %s", engine.info.deterministic)
+    channel.send(_encoder.encode(engine.info))
+    return True
 
 
 def _take(engine: Engine, request: AddRequest | AbortRequests) -> list[SequenceOutput]:

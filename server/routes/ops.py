@@ -93,6 +93,7 @@ async def info(request: Request) -> Response:
             "dtype": engine.dtype,
             "quantization": settings.quantization,
             "attention_backend": engine.attention_backend,
+            "deterministic": engine.deterministic,
             "load_seconds": engine.load_seconds,
             "versions": {"quill": version(), "torch": engine.torch_version, "python": platform.python_version()},
         }
