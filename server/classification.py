@@ -10,7 +10,7 @@ from starlette.types import Receive
 from model.classifier_config import text_ids
 from model.errors import TokenizerError
 from model.sampling_params import SamplingParams
-from server.admission import LONG_TEXT, refusal, refuse_unless_admitting, require_task
+from server.admission import refusal, refuse_unless_admitting, require_task
 from server.engine.interface import EngineRequestError, EngineUnavailableError, QueueFullError, RequestStream
 from server.engine.messages import CLASSIFICATION
 from server.errors import (
@@ -21,6 +21,7 @@ from server.errors import (
     engine_down_error,
     request_failed_error,
 )
+from server.prompts import LONG_TEXT
 from server.schemas.classify import ClassifyRequest
 from server.services import Services
 

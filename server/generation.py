@@ -6,34 +6,20 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from starlette.types import Receive
 
-from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
 from server.engine.interface import EngineClient, EngineRequestError, RequestStream
 from server.engine.messages import SequenceOutput
 from server.errors import ApiError, ClientGoneError, engine_down_error, request_failed_error
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
-from server.output import ChoiceDelta, ChoiceOutput, Usage
-
-SEED_BITS = 53  # JSON numbers above 2^53 are not exact in every client
+from server.output import ChoiceDelta, ChoiceOutput, Usage, join_deltas
+from server.prompts import SEED_BITS, Prompt
 
 Emit = Callable[[ChoiceDelta], Awaitable[None]]
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A checked request, ready for the engine. `echo` is text to put before the answer."""
-
-    token_ids: list[int]
-    params: SamplingParams
-    n: int = 1
-    stops: list[str] = field(default_factory=list)
-    deadline: float | None = None
-    echo: str = ""
 
 
 def choice_seed(seed: int, index: int) -> int:
@@ -45,10 +31,13 @@ def choice_seed(seed: int, index: int) -> int:
 
 
 class Generation:
-    """n sequences of one prompt, submitted all or none; whoever creates it calls `run` or `close`."""
+    """n sequences of each prompt, submitted all or none; whoever creates it calls `run` or `close`.
+
+    Choice i of prompt p has the index p * n + i.
+    """
 
     def __init__(
-        self, prompt: Prompt, tokenizer: Tokenizer, engine: EngineClient, lifecycle: Lifecycle, metrics: Metrics
+        self, prompts: list[Prompt], tokenizer: Tokenizer, engine: EngineClient, lifecycle: Lifecycle, metrics: Metrics
     ) -> None:
         self._lifecycle = lifecycle
         self._metrics = metrics
@@ -57,20 +46,21 @@ class Generation:
         self._task: asyncio.Task[None] | None = None
         self._error: ApiError | None = None
         self._interrupted = False
-        self._num_prompt_tokens = len(prompt.token_ids)
-        self._echo = prompt.echo
-        self.seeds = [choice_seed(prompt.params.seed, index) for index in range(prompt.n)]
+        self.prompts = prompts
+        self._prompt_of = [prompt for prompt in prompts for _ in range(prompt.n)]
+        self.seeds = [choice_seed(prompt.params.seed, i) for prompt in prompts for i in range(prompt.n)]
         self.choices = [
-            ChoiceOutput(index, tokenizer, prompt.stops, prompt.params.min_tokens) for index in range(prompt.n)
+            ChoiceOutput(index, tokenizer, prompt.stops, prompt.params.min_tokens)
+            for index, prompt in enumerate(self._prompt_of)
         ]
         self._streams: list[RequestStream] = []
-        self._submit(prompt)
+        self._submit()
 
-    def _submit(self, prompt: Prompt) -> None:
+    def _submit(self) -> None:
         """Raises EngineUnavailableError or QueueFullError with nothing left behind."""
-        self._engine.check_admission(prompt.n)
+        self._engine.check_admission(len(self.choices))
         try:
-            for seed in self.seeds:
+            for prompt, seed in zip(self._prompt_of, self.seeds, strict=True):
                 params = replace(prompt.params, seed=seed)
                 self._streams.append(self._engine.submit(prompt.token_ids, params, prompt.deadline))
         except BaseException:
@@ -80,16 +70,18 @@ class Generation:
 
     @property
     def usage(self) -> Usage:
-        """The prompt counts once, whatever n is."""
+        """Each prompt counts once, whatever n is."""
+        prompt = sum(len(prompt.token_ids) for prompt in self.prompts)
         completion = sum(choice.num_tokens for choice in self.choices)
-        return Usage(self._num_prompt_tokens, completion, self.choices[0].cached_tokens)
+        cached = sum(choice.cached_tokens for choice in self.choices[:: self.prompts[0].n])
+        return Usage(prompt, completion, cached)
 
     @property
     def _num_unfinished(self) -> int:
         return sum(choice.finish_reason is None for choice in self.choices)
 
     async def run(self, receive: Receive, emit: Emit) -> None:
-        """Hand every delta to `emit` until all choices have ended.
+        """Hand every delta to `emit`, a choice's in their order, until all choices have ended.
 
         Raises ClientGoneError when the client left, ApiError when the request was interrupted or the engine gave up
         on it. In every case all sequences are out of the engine afterwards.
@@ -115,6 +107,16 @@ class Generation:
             self._task = None
             watcher.cancel()
             self.close()
+
+    async def collect(self, receive: Receive) -> list[ChoiceDelta]:
+        """Run to the end; each choice as one whole. Raises what `run` raises."""
+        deltas: list[list[ChoiceDelta]] = [[] for _ in self.choices]
+
+        async def keep(delta: ChoiceDelta) -> None:
+            deltas[delta.index].append(delta)
+
+        await self.run(receive, keep)
+        return [join_deltas(parts) for parts in deltas]
 
     def close(self) -> None:
         """Abort what still runs; harmless when called twice."""
@@ -152,8 +154,8 @@ class Generation:
 
     async def _pump(self, index: int, emit: Emit) -> None:
         choice, last = self.choices[index], self._arrival
-        if self._echo:
-            await emit(ChoiceDelta(index, self._echo, []))
+        if self._prompt_of[index].echo:
+            await emit(ChoiceDelta(index, self._prompt_of[index].echo, []))
         async for output in self._streams[index]:
             if output.finish_reason == "error":
                 raise EngineRequestError
@@ -173,7 +175,7 @@ class Generation:
     def _finish(self, choice: ChoiceOutput, output: SequenceOutput) -> None:
         self._metrics.observe_finish(
             choice.finish_reason or "error",
-            self._num_prompt_tokens,
+            len(self._prompt_of[choice.index].token_ids),
             choice.num_tokens,
             time.monotonic() - self._arrival,
             output.timings,

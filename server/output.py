@@ -39,6 +39,20 @@ class ChoiceDelta(msgspec.Struct, frozen=True):
     logprobs: list[TokenLogprob] | None = None
 
 
+def join_deltas(deltas: list[ChoiceDelta]) -> ChoiceDelta:
+    """One choice's deltas as a whole."""
+    last = deltas[-1]
+    logprobs = [entry for delta in deltas for entry in delta.logprobs or []]
+    return ChoiceDelta(
+        index=last.index,
+        text="".join(delta.text for delta in deltas),
+        token_ids=[token_id for delta in deltas for token_id in delta.token_ids],
+        finish_reason=last.finish_reason,
+        stop_reason=last.stop_reason,
+        logprobs=None if all(delta.logprobs is None for delta in deltas) else logprobs,
+    )
+
+
 class Usage(msgspec.Struct, frozen=True):
     prompt_tokens: int
     completion_tokens: int

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 
 import uvicorn
 
-from model.errors import QuillError
+from model.chat_template import ChatTemplate, load_chat_template
+from model.errors import QuillError, TokenizerError
 from model.tokenizer import Tokenizer
 from server.app import create_app
 from server.auth import ApiKeys
@@ -75,16 +76,28 @@ async def serve(
 
 async def _start(services: Services, load_tokenizer: LoadTokenizer, listener: socket.socket) -> None:
     """Wait for engine and tokenizer, then say how to use them. Raises StartupError."""
+    settings = services.settings
     try:
-        _, tokenizer = await asyncio.gather(
-            services.engine.wait_ready(), asyncio.to_thread(load_tokenizer, services.settings)
+        _, tokenizer, chat_template = await asyncio.gather(
+            services.engine.wait_ready(),
+            asyncio.to_thread(load_tokenizer, settings),
+            asyncio.to_thread(_load_chat_template, settings),
         )
     except EngineUnavailableError as error:
         raise StartupError(services.engine.fault or str(error)) from None
     except QuillError as error:
         raise StartupError(str(error)) from None
-    services.set_tokenizer(tokenizer)
+    services.set_tokenizer(tokenizer, chat_template)
     print(greeting(services, listener), flush=True)
+
+
+def _load_chat_template(settings: Settings) -> ChatTemplate | None:
+    """One that cannot be used costs the chat route alone."""
+    try:
+        return load_chat_template(settings.model_path)
+    except TokenizerError as error:
+        logger.warning("chat is not served: %s", error)
+        return None
 
 
 async def _watch(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from model.chat_template import ChatTemplate
 from model.tokenizer import Tokenizer
 from server.engine.interface import EngineClient
 from server.engine.messages import EngineInfo
@@ -16,7 +17,7 @@ from server.sse import Heartbeat
 
 @dataclass
 class Services:
-    """`tokenizer` is set once it is loaded, before any request is admitted."""
+    """`tokenizer` and `chat_template` are set once they are loaded, before any request is admitted."""
 
     settings: Settings
     engine: EngineClient
@@ -24,10 +25,11 @@ class Services:
     metrics: Metrics
     heartbeat: Heartbeat
     tokenizer: Tokenizer | None = None
+    chat_template: ChatTemplate | None = None
     models: list[str] = field(default_factory=list)
 
-    def set_tokenizer(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
+    def set_tokenizer(self, tokenizer: Tokenizer, chat_template: ChatTemplate | None = None) -> None:
+        self.tokenizer, self.chat_template = tokenizer, chat_template
         self.lifecycle.tokenizer_loaded = True
 
     @property

@@ -7,20 +7,20 @@ from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request
-from starlette.background import BackgroundTask
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Scope
 
 from server.admission import admit
 from server.engine.messages import EngineInfo
-from server.error_handlers import log_fault, request_id
-from server.errors import ApiError, ClientGoneError, error_body
+from server.error_handlers import request_id
+from server.errors import ApiError, error_body
 from server.generation import Generation
 from server.output import ChoiceDelta, TokenLogprob, Usage
 from server.request_body import read_body
 from server.schemas.native import GenerateRequest
 from server.services import Services
-from server.sse import DONE, EventSender, data_event, error_event
+from server.sse import DONE, data_event, error_event
+from server.streaming import StreamedGeneration
 
 router = APIRouter()
 
@@ -74,7 +74,8 @@ async def generate(request: Request) -> Response:
     generation = await admit(body, services)
     model = body.model or services.models[0]
     if body.stream:
-        return StreamedGeneration(generation, model, services)
+        events = NativeEvents(generation_id(request.scope), model, provenance(services.ready_info))
+        return StreamedGeneration(generation, events, services.heartbeat)
     try:
         return await _whole_answer(generation, request, model, services)
     finally:
@@ -93,78 +94,52 @@ def provenance(info: EngineInfo) -> dict[str, object]:
 
 
 async def _whole_answer(generation: Generation, request: Request, model: str, services: Services) -> Response:
-    deltas: list[list[ChoiceDelta]] = [[] for _ in generation.choices]
-
-    async def collect(delta: ChoiceDelta) -> None:
-        deltas[delta.index].append(delta)
-
-    await generation.run(request.receive, collect)
+    choices = await generation.collect(request.receive)
     answer = Answer(
         id=generation_id(request.scope),
         model=model,
         created=int(time.time()),
-        choices=[join_deltas(parts, seed) for parts, seed in zip(deltas, generation.seeds, strict=True)],
+        choices=[_choice(whole, seed) for whole, seed in zip(choices, generation.seeds, strict=True)],
         usage=generation.usage,
         provenance=provenance(services.ready_info),
     )
     return Response(msgspec.json.encode(answer), media_type="application/json")
 
 
-def join_deltas(deltas: list[ChoiceDelta], seed: int) -> Choice:
-    """One choice's deltas as a whole."""
-    last = deltas[-1]
-    logprobs = [entry for delta in deltas for entry in delta.logprobs or []]
+def _choice(whole: ChoiceDelta, seed: int) -> Choice:
     return Choice(
-        index=last.index,
-        text="".join(delta.text for delta in deltas),
-        token_ids=[token_id for delta in deltas for token_id in delta.token_ids],
-        finish_reason=last.finish_reason,
-        stop_reason=last.stop_reason,
+        index=whole.index,
+        text=whole.text,
+        token_ids=whole.token_ids,
+        finish_reason=whole.finish_reason,
+        stop_reason=whole.stop_reason,
         seed=seed,
-        logprobs=None if all(delta.logprobs is None for delta in deltas) else logprobs,
+        logprobs=whole.logprobs,
     )
 
 
-class StreamedGeneration(Response):
-    """The answer as events. The request was admitted before this exists, so its status is always 200."""
+class NativeEvents:
+    """A delta per event; the last one before [DONE] carries the usage and the seeds."""
 
-    def __init__(self, generation: Generation, model: str, services: Services) -> None:
-        self.background: BackgroundTask | None = None
-        self.status_code = 200
-        self._generation = generation
+    def __init__(self, event_id: str, model: str, provenance: dict[str, object]) -> None:
+        self._id = event_id
         self._model = model
-        self._services = services
+        self._provenance = provenance
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sender = EventSender(scope, send)
-        self._services.heartbeat.add(sender)
-        try:
-            await sender.start()
-            await self._stream(scope, receive, sender)
-        except ClientGoneError:
-            return
-        except ApiError as error:
-            await sender.end(error_event(error_body(error, request_id(scope))))
-        except Exception as error:
-            await sender.end(error_event(error_body(log_fault(error, scope), request_id(scope))))
-        finally:
-            self._generation.close()
-            self._services.heartbeat.remove(sender)
+    def event(self, delta: ChoiceDelta) -> bytes:
+        return data_event(Event(self._id, [delta]))
 
-    async def _stream(self, scope: Scope, receive: Receive, sender: EventSender) -> None:
-        event_id = generation_id(scope)
-
-        async def emit(delta: ChoiceDelta) -> None:
-            await sender.send(data_event(Event(event_id, [delta])))
-
-        await self._generation.run(receive, emit)
+    def end(self, generation: Generation) -> bytes:
         last = LastEvent(
-            id=event_id,
+            id=self._id,
             model=self._model,
             created=int(time.time()),
             choices=[],
-            usage=self._generation.usage,
-            provenance=provenance(self._services.ready_info),
-            seeds=self._generation.seeds,
+            usage=generation.usage,
+            provenance=self._provenance,
+            seeds=generation.seeds,
         )
-        await sender.end(data_event(last) + DONE)
+        return data_event(last) + DONE
+
+    def error(self, error: ApiError, request_id: str) -> bytes:
+        return error_event(error_body(error, request_id))
