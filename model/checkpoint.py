@@ -34,6 +34,7 @@ from model.hf import (
     to_hf,
 )
 from model.hf_config import CONFIG_FILE, GENERATION_CONFIG_FILE, config_to_hf, load_config
+from model.hub import resolve_model
 from model.manifest import (
     INDEX_FILE,
     MANIFEST_FILE,
@@ -65,11 +66,12 @@ def load_model(
 ) -> Transformer:
     """The folder's model in eval mode, its weights in `dtype` (None: the file's own, the widest if they differ).
 
-    The weights are copied: the model does not depend on the files afterwards. `verify` compares every file with
+    A string may also be a model's name, which `resolve_model` fetches: "gpt2", "owner/name@revision". The weights are copied: the model does not depend on the files afterwards. `verify` compares every file with
     manifest.json where there is one; it runs beside the loading and costs little on a second core.
-    Raises ConfigError or CheckpointError, before memory is taken for weights that do not fit the configuration.
+    Raises ConfigError or CheckpointError, before memory is taken for weights that do not fit the configuration, and
+    HubError for a name that cannot be fetched.
     """
-    folder = Path(folder)
+    folder = resolve_model(folder) if isinstance(folder, str) else folder
     config = load_config(folder)
     state = read_state_dict(folder, config, dtype=dtype, verify=verify)
     with without_weights():

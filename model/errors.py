@@ -3,6 +3,7 @@
 QuillError
 ├── ConfigError                   config.json or a ModelConfig that cannot be run
 ├── CheckpointError               weights: missing, extra, misshapen, damaged or in a refused format
+├── HubError                      a model's name that is none, or that cannot be fetched
 ├── TokenizerError                tokenizer files that are absent or cannot be used
 ├── ControlError                  a control or value that the model was not trained with, or that cannot be declared
 └── InvalidSamplingParamsError    a sampling parameter out of its bounds (`.param` names it)
@@ -22,6 +23,10 @@ class ConfigError(QuillError):
 
 
 class CheckpointError(QuillError):
+    pass
+
+
+class HubError(QuillError):
     pass
 
 

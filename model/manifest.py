@@ -23,7 +23,7 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _VERSION = 1
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_REFUSED_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
+REFUSED_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ def weight_files(folder: Path) -> list[str]:
         return [WEIGHTS_FILE]
     if (folder / INDEX_FILE).exists():
         return sorted(set(read_index(folder).values()))
-    others = [path.name for path in folder.iterdir() if path.suffix in _REFUSED_WEIGHTS] if folder.is_dir() else []
+    others = [path.name for path in folder.iterdir() if path.suffix in REFUSED_WEIGHTS] if folder.is_dir() else []
     if others:
         raise CheckpointError(
             f"{folder} holds {min(others)} but no {WEIGHTS_FILE}; only safetensors is read, so convert it first"

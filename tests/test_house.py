@@ -45,6 +45,7 @@ TORCH_FREE = (
     "model.chat_template",
     "model.controls",
     "model.hf_config",
+    "model.hub",
     "model.manifest",
     "model.presets",
     "server.engine.sequence",
