@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from model.errors import ConfigError
+from model.native.decoder_structs import STRUCTURES
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 """Weakest first, by their numbers in kernels.c."""
@@ -37,12 +38,12 @@ def limit_instruction_set(most: str) -> None:
     """Use nothing above `most` of INSTRUCTION_SETS, to compare the variants. No kernel may be running."""
     library = load_kernels()
     if library is not None:
-        library.quill_init(_gomp_parallel(), INSTRUCTION_SETS.index(most))
+        library.quill_init(*_thread_pool(), INSTRUCTION_SETS.index(most))
 
 
 def _initialise(library: ctypes.CDLL) -> ctypes.CDLL:
     try:
-        library.quill_init.argtypes = [ctypes.c_void_p, ctypes.c_int]
+        library.quill_init.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
         library.quill_init.restype = None
         library.quill_variant.argtypes = [ctypes.c_int]
         library.quill_variant.restype = ctypes.c_char_p
@@ -63,15 +64,32 @@ def _initialise(library: ctypes.CDLL) -> ctypes.CDLL:
         library.quill_elementwise_size.restype = ctypes.c_int64
         library.quill_elementwise.argtypes = [ctypes.c_void_p]
         library.quill_elementwise.restype = None
+        _declare_decoder(library)
     except AttributeError:
         raise ConfigError("the compiled CPU kernels are of another version; run make install") from None
-    library.quill_init(_gomp_parallel(), len(INSTRUCTION_SETS) - 1)
+    library.quill_init(*_thread_pool(), len(INSTRUCTION_SETS) - 1)
     return library
 
 
+def _declare_decoder(library: ctypes.CDLL) -> None:
+    library.quill_decoder_sizes.argtypes = [ctypes.c_int]
+    library.quill_decoder_sizes.restype = ctypes.c_int64
+    library.quill_decoder_forward.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    library.quill_decoder_forward.restype = ctypes.c_int
+    library.quill_decoder_logits.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+    library.quill_decoder_logits.restype = ctypes.c_int
+    library.quill_pack.argtypes = [ctypes.c_void_p]
+    library.quill_pack.restype = None
+    library.quill_huge_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    library.quill_huge_pages.restype = None
+    for which, structure in enumerate(STRUCTURES):
+        if library.quill_decoder_sizes(which) != ctypes.sizeof(structure):
+            raise AttributeError("another layout")
+
+
 @cache
-def _gomp_parallel() -> int | None:
-    """The address of GOMP_parallel in the OpenMP runtime that torch has loaded.
+def _thread_pool() -> tuple[int | None, int | None]:
+    """The addresses of GOMP_parallel and omp_get_num_threads in the OpenMP runtime that torch has loaded.
 
     A second runtime would keep a second pool of spinning threads, so none is loaded here: where torch brought
     another kind or none, the kernels run in one thread.
@@ -85,5 +103,7 @@ def _gomp_parallel() -> int | None:
             runtime = ctypes.CDLL(name, mode=os.RTLD_NOW | os.RTLD_NOLOAD)
         except (OSError, AttributeError):  # not loaded; or a system without RTLD_NOLOAD
             continue
-        return ctypes.cast(runtime.GOMP_parallel, ctypes.c_void_p).value
-    return None
+        functions = runtime.GOMP_parallel, runtime.omp_get_num_threads
+        start, size = (ctypes.cast(function, ctypes.c_void_p).value for function in functions)
+        return start, size
+    return None, None

@@ -27,16 +27,25 @@ typedef int32_t v16i __attribute__((vector_size(64), may_alias));
 typedef uint16_t v16h_u __attribute__((vector_size(32), aligned(2), may_alias));
 
 enum { PORTABLE, AVX2, AVX512 };
+enum { FLOAT32, BFLOAT16, INT8 };
+enum { SILU, GELU_TANH, GELU, RELU, NO_ACTIVATION };
 
 /* Runs a function on so many threads at once; null where there is no pool to take over. */
 SHARED extern void (*quill_run_parallel)(void (*)(void *), void *, unsigned, unsigned);
 
+/* How many threads the caller's parallel region has; null where there is no pool. */
+SHARED extern int (*quill_team_size)(void);
+
+/* The best instruction set of this machine for kernels on such elements, none above `most`. */
+SHARED int quill_instruction_set(int element, int most);
+
 /* The calling thread's working memory of at least `size` bytes on 64, kept between calls; null when memory ran out. */
 SHARED void *quill_arena(size_t size);
 
-/* Choose the instruction sets of the training kernels, none above `most`. */
+/* Choose the instruction sets of the other files' kernels, none above `most`. */
 SHARED void quill_choose_training(int most);
 SHARED void quill_choose_elementwise(int most);
+SHARED void quill_choose_decoder(int most);
 
 static inline void *take(char **at, size_t size) {
     void *here = *at;

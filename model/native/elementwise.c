@@ -5,7 +5,6 @@
 #define NORM_CHUNK 64 /* rows whose parts of the weight's gradient are summed in one go */
 #define ROW_CHUNK 16  /* rows that a thread takes at a time */
 
-enum { SILU, GELU_TANH, GELU };
 enum { ACTIVATE, ACTIVATE_BACK, ROTATE, NORM, NORM_BACK, NUM_OPERATIONS };
 
 /* One call. Mirrored by `_Elementwise` in model/training_kernels.py; elementwise.h and rms_norm.h say what each
@@ -30,30 +29,25 @@ typedef void (*operation)(const elementwise *, int64_t);
 #define OPERATIONS(suffix) \
     { activate_##suffix, activate_back_##suffix, rotate_##suffix, norm_##suffix, norm_back_##suffix }
 
-static const operation BASE[2][NUM_OPERATIONS] = {OPERATIONS(f32_base), OPERATIONS(bf16_base)};
+static const operation VARIANTS[2][3][NUM_OPERATIONS] = {
+    {
+        OPERATIONS(f32_base),
 #ifdef HAVE_X86_VARIANTS
-static const operation WITH_AVX2[2][NUM_OPERATIONS] = {OPERATIONS(f32_avx2), OPERATIONS(bf16_avx2)};
-static const operation WITH_AVX512[2][NUM_OPERATIONS] = {OPERATIONS(f32_avx512), OPERATIONS(bf16_avx512)};
+        OPERATIONS(f32_avx2), OPERATIONS(f32_avx512),
 #endif
-static const operation *variants[2] = {BASE[0], BASE[1]}; /* float32, bfloat16 */
+    },
+    {
+        OPERATIONS(bf16_base),
+#ifdef HAVE_X86_VARIANTS
+        OPERATIONS(bf16_avx2), OPERATIONS(bf16_avx512),
+#endif
+    },
+};
+static const operation *variants[2] = {VARIANTS[FLOAT32][PORTABLE], VARIANTS[BFLOAT16][PORTABLE]};
 
 void quill_choose_elementwise(int most) {
-    variants[0] = BASE[0];
-    variants[1] = BASE[1];
-#ifdef HAVE_X86_VARIANTS
-    __builtin_cpu_init();
-    if (most >= AVX2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-        variants[0] = WITH_AVX2[0];
-        variants[1] = WITH_AVX2[1];
-    }
-    if (most >= AVX512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-        variants[0] = WITH_AVX512[0];
-        if (__builtin_cpu_supports("avx512bf16")) variants[1] = WITH_AVX512[1];
-    }
-#else
-    (void)most;
-#endif
+    for (int element = FLOAT32; element <= BFLOAT16; element++)
+        variants[element] = VARIANTS[element][quill_instruction_set(element, most)];
 }
 
 /* What the caller's mirror of elementwise must measure. */

@@ -7,23 +7,11 @@
 
 #include <pthread.h>
 
-#include "common.h"
+#include "paged_step.h"
 
 #define MAX_ROWS 4  /* query rows that share the loads of one pass over the keys */
 #define MAX_GROUP 4  /* tiles whose scores are computed together */
 #define MAX_CHUNKS 4 /* vectors of 16 dimensions whose sums are computed together */
-
-/* One layer of one step. Mirrored by `_AttentionStep` in model/attention_cpu.py. Strides are in elements;
- * output is [N, num_heads, head_dim] without gaps. `window` 0 means none. */
-typedef struct {
-    const void *query, *key, *value;
-    void *key_cache, *value_cache, *output;
-    int64_t query_stride, key_stride, value_stride;
-    const int32_t *cu_seqlens_q, *context_lens, *block_tables;
-    int64_t num_seqs, max_blocks, num_heads, num_kv_heads, head_dim, block_size, window;
-    float scale;
-    int32_t is_bfloat16, num_threads;
-} attention_step;
 
 typedef struct {
     uint32_t *query;
@@ -49,47 +37,57 @@ typedef struct {
     void (*attend_rows)(const attention_step *, scratch *, int64_t, int64_t, int64_t, int64_t);
 } variant;
 
-static variant variants[2]; /* float32, bfloat16 */
+static const variant FLOAT32_VARIANTS[] = {
+    {"portable", store_head_f32_base, attend_rows_f32_base},
+#ifdef HAVE_X86_VARIANTS
+    {"avx2", store_head_f32_avx2, attend_rows_f32_avx2},
+    {"avx512", store_head_f32_avx512, attend_rows_f32_avx512},
+#endif
+};
+static const variant BFLOAT16_VARIANTS[] = {
+    {"portable", store_head_bf16_base, attend_rows_bf16_base},
+#ifdef HAVE_X86_VARIANTS
+    {"avx2", store_head_bf16_avx2, attend_rows_bf16_avx2},
+    {"avx512_bf16", store_head_bf16_avx512, attend_rows_bf16_avx512},
+#endif
+};
+static const variant *variants[2] = {FLOAT32_VARIANTS, BFLOAT16_VARIANTS}; /* by element type */
 void (*quill_run_parallel)(void (*)(void *), void *, unsigned, unsigned);
+int (*quill_team_size)(void);
 static pthread_key_t arena_key;
 static pthread_once_t arena_key_once = PTHREAD_ONCE_INIT;
 
 static void make_arena_key(void) { pthread_key_create(&arena_key, free); }
 
-static void choose_variants(int most) {
-    variant f32 = {"portable", store_head_f32_base, attend_rows_f32_base};
-    variant bf16 = {"portable", store_head_bf16_base, attend_rows_bf16_base};
+int quill_instruction_set(int element, int most) {
+    int best = PORTABLE;
 #ifdef HAVE_X86_VARIANTS
     __builtin_cpu_init();
-    if (most >= AVX2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-        f32 = (variant){"avx2", store_head_f32_avx2, attend_rows_f32_avx2};
-        bf16 = (variant){"avx2", store_head_bf16_avx2, attend_rows_bf16_avx2};
-    }
-    if (most >= AVX512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-        f32 = (variant){"avx512", store_head_f32_avx512, attend_rows_f32_avx512};
-        if (__builtin_cpu_supports("avx512bf16"))
-            bf16 = (variant){"avx512_bf16", store_head_bf16_avx512, attend_rows_bf16_avx512};
-    }
-#else
-    (void)most;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = AVX2;
+    if (best == AVX2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+        (element != BFLOAT16 || __builtin_cpu_supports("avx512bf16")) &&
+        (element != INT8 || __builtin_cpu_supports("avx512vnni")))
+        best = AVX512;
 #endif
-    variants[0] = f32;
-    variants[1] = bf16;
+    return best < most ? best : most;
 }
 
-/* Choose the instruction sets, none above `most`, and take over a thread pool: `gomp_parallel` may be null (then all
- * runs in the caller). To be called before any other function, and not while one runs. */
-void quill_init(void *gomp_parallel, int most) {
+/* Choose the instruction sets, none above `most`, and take over a thread pool: `gomp_parallel`, and `team_size`, which says
+ * how many threads it gave, may be null (then all runs in the caller). To be called before any other function, and not while one runs. */
+void quill_init(void *gomp_parallel, void *team_size, int most) {
     pthread_once(&arena_key_once, make_arena_key);
-    choose_variants(most);
+    variants[FLOAT32] = &FLOAT32_VARIANTS[quill_instruction_set(FLOAT32, most)];
+    variants[BFLOAT16] = &BFLOAT16_VARIANTS[quill_instruction_set(BFLOAT16, most)];
     quill_choose_training(most);
     quill_choose_elementwise(most);
+    quill_choose_decoder(most);
     quill_run_parallel = (void (*)(void (*)(void *), void *, unsigned, unsigned))gomp_parallel;
+    quill_team_size = (int (*)(void))team_size;
 }
 
 /* The name of the variant in use. */
-const char *quill_variant(int is_bfloat16) { return variants[is_bfloat16 ? 1 : 0].name; }
+const char *quill_variant(int is_bfloat16) { return variants[is_bfloat16 ? BFLOAT16 : FLOAT32]->name; }
 
 /* What the caller's mirror of attention_step must measure. */
 int64_t quill_step_size(void) { return sizeof(attention_step); }
@@ -123,49 +121,67 @@ static int make_scratch(const attention_step *p, int64_t max_tiles, scratch *s) 
     return 1;
 }
 
-typedef struct {
-    const attention_step *step;
-    const variant *kernel;
-    int64_t max_tiles, max_row_groups;
-    int store, attend, split_rows;
-    atomic_llong next;
-    atomic_int failed;
-} job;
-
 static int64_t num_rows(const attention_step *p, int64_t seq) {
     return (p->cu_seqlens_q[seq + 1] - p->cu_seqlens_q[seq]) * (p->num_heads / p->num_kv_heads);
 }
 
-static void attend_group(const job *j, scratch *s, int64_t seq, int64_t kv_head, int64_t row) {
-    const int64_t left = num_rows(j->step, seq) - row;
-    if (left > 0) j->kernel->attend_rows(j->step, s, seq, kv_head, row, left < MAX_ROWS ? left : MAX_ROWS);
+int quill_plan_attention(const attention_step *p, int num_threads, attention_plan *plan) {
+    *plan = (attention_plan){0};
+    if (((uintptr_t)p->key_cache | (uintptr_t)p->value_cache) % 64) return -2;
+    for (int64_t seq = 0; seq < p->num_seqs; seq++) {
+        const int64_t queries = p->cu_seqlens_q[seq + 1] - p->cu_seqlens_q[seq];
+        if (queries < 0 || queries > p->context_lens[seq]) return -2;
+        const int64_t tiles = (p->context_lens[seq] + TILE - 1) / TILE;
+        const int64_t groups = (num_rows(p, seq) + MAX_ROWS - 1) / MAX_ROWS;
+        plan->max_tiles = tiles > plan->max_tiles ? tiles : plan->max_tiles;
+        plan->max_row_groups = groups > plan->max_row_groups ? groups : plan->max_row_groups;
+    }
+    /* With plenty of heads each unit stores and attends in one pass; otherwise, all must be stored before the rows of
+     * one head are shared out. */
+    plan->needs_two_passes = p->num_seqs * p->num_kv_heads < 4 * (int64_t)num_threads && plan->max_row_groups > 1;
+    return 0;
 }
 
-/* One unit is a sequence and kv head, or a group of its rows when `split_rows`. */
-static void work(void *data) {
-    job *j = data;
-    const attention_step *p = j->step;
-    const int64_t parts = j->split_rows ? j->max_row_groups : 1;
+static void attend_group(const attention_step *p, scratch *s, int64_t seq, int64_t kv_head, int64_t row) {
+    const int64_t left = num_rows(p, seq) - row;
+    const variant *kernel = variants[p->is_bfloat16 ? BFLOAT16 : FLOAT32];
+    if (left > 0) kernel->attend_rows(p, s, seq, kv_head, row, left < MAX_ROWS ? left : MAX_ROWS);
+}
+
+/* One unit is a sequence and kv head; in the pass that only attends, a group of its rows. */
+int quill_attention_pass(const attention_step *p, const attention_plan *plan, int pass, atomic_llong *next) {
+    const variant *kernel = variants[p->is_bfloat16 ? BFLOAT16 : FLOAT32];
+    const int64_t parts = pass == ATTEND ? plan->max_row_groups : 1;
     const int64_t units = p->num_seqs * p->num_kv_heads * parts;
     scratch s;
-    if (!make_scratch(p, j->max_tiles, &s)) {
-        atomic_store(&j->failed, 1);
-        return;
-    }
+    if (!make_scratch(p, plan->max_tiles, &s)) return -1;
     for (;;) {
-        const int64_t unit = atomic_fetch_add(&j->next, 1);
-        if (unit >= units) return;
+        const int64_t unit = atomic_fetch_add(next, 1);
+        if (unit >= units) return 0;
         const int64_t seq = unit / parts / p->num_kv_heads, kv_head = unit / parts % p->num_kv_heads;
-        if (j->store) j->kernel->store_head(p, seq, kv_head);
-        if (!j->attend) continue;
-        if (j->split_rows)
-            attend_group(j, &s, seq, kv_head, unit % parts * MAX_ROWS);
-        else
-            for (int64_t row = 0; row < num_rows(p, seq); row += MAX_ROWS) attend_group(j, &s, seq, kv_head, row);
+        if (pass != ATTEND) kernel->store_head(p, seq, kv_head);
+        if (pass == ATTEND)
+            attend_group(p, &s, seq, kv_head, unit % parts * MAX_ROWS);
+        else if (pass == STORE_AND_ATTEND)
+            for (int64_t row = 0; row < num_rows(p, seq); row += MAX_ROWS) attend_group(p, &s, seq, kv_head, row);
     }
 }
 
-static int run(job *j) {
+typedef struct {
+    const attention_step *step;
+    attention_plan plan;
+    int pass;
+    atomic_llong next;
+    atomic_int failed;
+} job;
+
+static void work(void *data) {
+    job *j = data;
+    if (quill_attention_pass(j->step, &j->plan, j->pass, &j->next) != 0) atomic_store(&j->failed, 1);
+}
+
+static int run(job *j, int pass) {
+    j->pass = pass;
     atomic_store(&j->next, 0);
     if (quill_run_parallel && j->step->num_threads > 1)
         quill_run_parallel(work, j, (unsigned)j->step->num_threads, 0);
@@ -177,22 +193,9 @@ static int run(job *j) {
 /* Store the step's keys and values, then attend. Returns 0; -1 when memory ran out; -2, having done nothing, when a
  * cache does not lie on 64 bytes or a sequence has more queries than tokens. */
 int quill_paged_attention(const attention_step *p) {
-    if (((uintptr_t)p->key_cache | (uintptr_t)p->value_cache) % 64) return -2;
-    job j = {.step = p, .kernel = &variants[p->is_bfloat16 ? 1 : 0]};
-    for (int64_t seq = 0; seq < p->num_seqs; seq++) {
-        const int64_t queries = p->cu_seqlens_q[seq + 1] - p->cu_seqlens_q[seq];
-        if (queries < 0 || queries > p->context_lens[seq]) return -2;
-        const int64_t tiles = (p->context_lens[seq] + TILE - 1) / TILE;
-        const int64_t groups = (num_rows(p, seq) + MAX_ROWS - 1) / MAX_ROWS;
-        j.max_tiles = tiles > j.max_tiles ? tiles : j.max_tiles;
-        j.max_row_groups = groups > j.max_row_groups ? groups : j.max_row_groups;
-    }
-    /* With plenty of heads each unit stores and attends in one pass; otherwise, all must be stored before the rows of
-     * one head are shared out. */
-    j.store = 1;
-    j.attend = p->num_seqs * p->num_kv_heads >= 4 * (int64_t)p->num_threads || j.max_row_groups <= 1;
-    if (run(&j) != 0 || j.attend) return atomic_load(&j.failed) ? -1 : 0;
-    j.store = 0;
-    j.attend = j.split_rows = 1;
-    return run(&j);
+    job j = {.step = p};
+    const int status = quill_plan_attention(p, p->num_threads, &j.plan);
+    if (status != 0) return status;
+    if (!j.plan.needs_two_passes) return run(&j, STORE_AND_ATTEND);
+    return run(&j, STORE) != 0 ? -1 : run(&j, ATTEND);
 }

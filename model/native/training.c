@@ -81,28 +81,27 @@ typedef struct {
     void (*drop_chunk)(const void *, void *, int64_t, uint32_t, uint32_t, float);
 } variant;
 
-static variant variants[2]; /* float32, bfloat16 */
+static const variant VARIANTS[2][3] = {
+    {
+        {attend_sequence_f32_base, drop_chunk_f32_base},
+#ifdef HAVE_X86_VARIANTS
+        {attend_sequence_f32_avx2, drop_chunk_f32_avx2},
+        {attend_sequence_f32_avx512, drop_chunk_f32_avx512},
+#endif
+    },
+    {
+        {attend_sequence_bf16_base, drop_chunk_bf16_base},
+#ifdef HAVE_X86_VARIANTS
+        {attend_sequence_bf16_avx2, drop_chunk_bf16_avx2},
+        {attend_sequence_bf16_avx512, drop_chunk_bf16_avx512},
+#endif
+    },
+};
+static variant variants[2]; /* by element type */
 
 void quill_choose_training(int most) {
-    variant f32 = {attend_sequence_f32_base, drop_chunk_f32_base};
-    variant bf16 = {attend_sequence_bf16_base, drop_chunk_bf16_base};
-#ifdef HAVE_X86_VARIANTS
-    __builtin_cpu_init();
-    if (most >= AVX2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-        f32 = (variant){attend_sequence_f32_avx2, drop_chunk_f32_avx2};
-        bf16 = (variant){attend_sequence_bf16_avx2, drop_chunk_bf16_avx2};
-    }
-    if (most >= AVX512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-        f32 = (variant){attend_sequence_f32_avx512, drop_chunk_f32_avx512};
-        if (__builtin_cpu_supports("avx512bf16"))
-            bf16 = (variant){attend_sequence_bf16_avx512, drop_chunk_bf16_avx512};
-    }
-#else
-    (void)most;
-#endif
-    variants[0] = f32;
-    variants[1] = bf16;
+    for (int element = FLOAT32; element <= BFLOAT16; element++)
+        variants[element] = VARIANTS[element][quill_instruction_set(element, most)];
 }
 
 /* What the caller's mirror of dense_step must measure. */
