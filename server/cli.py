@@ -8,7 +8,7 @@ import sys
 
 from server.auth import ApiKeys, load_api_keys
 from server.logs import setup_logging
-from server.settings import Settings, UsageError, load_settings
+from server.settings import Settings, UsageError, load_settings, resolve_model_names
 
 EXIT_USAGE = 2
 BACKLOG = 2048
@@ -19,6 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         settings = load_settings(sys.argv[1:] if argv is None else argv)
         keys = load_api_keys(settings.api_key_file)
+        settings = resolve_model_names(settings)
         listener = listen(settings.host, settings.port)
     except UsageError as error:
         print(f"quill: error: {error}", file=sys.stderr)

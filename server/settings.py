@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, ByteSize, Field, TypeAdapter, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
+from model.errors import QuillError
+from model.hub import HubName, pinned_name, resolve_model
 from server.engine.config import EngineConfig
 
 BUNDLED_MODEL = "shakespeare"
@@ -41,8 +44,8 @@ Names = Annotated[list[str], NoDecode, BeforeValidator(_split)]
 Size = Annotated[int, BeforeValidator(_bytes)]
 
 
-class Settings(BaseSettings):
-    """Everything an operator can set. Sizes take units (`2GiB`); lists take commas or repeated options."""
+class EngineSettings(BaseSettings):
+    """The model and how its engine runs, whatever the requests come from. Sizes take units (`2GiB`)."""
 
     model_config = SettingsConfigDict(
         env_prefix="QUILL_",
@@ -56,11 +59,11 @@ class Settings(BaseSettings):
     )
 
     model: Annotated[list[Path], NoDecode, BeforeValidator(_split)] = Field(
-        default=[], description="checkpoint folder; without it the bundled checkpoint is served"
+        default=[], description="checkpoint folder, or a name on the Hub; without it the bundled checkpoint is served"
     )
-    served_model_name: str | None = Field(None, min_length=1, max_length=200, description="default: the folder's name")
-    host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
-    port: int = Field(8000, ge=0, le=65_535, description="port to listen on; 0 picks a free one")
+    served_model_name: str | None = Field(
+        None, min_length=1, max_length=200, description="default: the folder's name, or that on the Hub"
+    )
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="the weights' precision")
@@ -74,23 +77,6 @@ class Settings(BaseSettings):
     kv_cache_memory: Size | None = Field(None, description="memory for the KV cache, such as 2GiB")
     block_size: int = Field(16, ge=1, le=1024, description="tokens in a KV block")
     prefix_caching: bool = Field(True, description="reuse the KV blocks of equal prefixes")
-    max_queued_requests: int = Field(256, ge=1, description="sequences that may wait before clients get 429")
-
-    api_key_file: Path | None = Field(None, description="file with one API key a line; # starts a comment")
-    allowed_hosts: Names = Field(default=[], description="further Host names to answer for; * for any")
-    cors_origins: Names = Field(default=[], description="browser origins to allow; none by default")
-    max_body_size: Size = Field(MIB, description="largest request body")
-    max_connections: int = Field(4096, ge=1, description="open connections")
-    request_timeout: float = Field(15.0, gt=0, le=3600, description="seconds a request may take to arrive")
-    keep_alive_timeout: float = Field(30.0, gt=0, le=3600, description="seconds an idle connection stays open")
-    write_timeout: float = Field(60.0, gt=0, le=86_400, description="seconds a client may leave its stream unread")
-    ping_interval: float = Field(15.0, gt=0, le=3600, description="seconds of silence before a stream gets a ping")
-    health_timeout: float = Field(15.0, gt=0, description="seconds of engine silence before /health gives 503")
-
-    drain_delay: float = Field(0.0, ge=0, le=3600, description="least seconds between SIGTERM and the end of listening")
-    drain_timeout: float = Field(30.0, ge=0, le=86_400, description="seconds that running requests get to finish")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severity to log")
-    log_format: Literal["text", "json"] = Field("text", description="form of the log lines")
 
     @field_validator("model")
     @classmethod
@@ -125,6 +111,33 @@ class Settings(BaseSettings):
         )
 
 
+class Settings(EngineSettings):
+    """Everything an operator of the server can set; lists take commas or repeated options."""
+
+    host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
+    port: int = Field(8000, ge=0, le=65_535, description="port to listen on; 0 picks a free one")
+    max_queued_requests: int = Field(256, ge=1, description="sequences that may wait before clients get 429")
+
+    api_key_file: Path | None = Field(None, description="file with one API key a line; # starts a comment")
+    allowed_hosts: Names = Field(default=[], description="further Host names to answer for; * for any")
+    cors_origins: Names = Field(default=[], description="browser origins to allow; none by default")
+    max_body_size: Size = Field(MIB, description="largest request body")
+    max_connections: int = Field(4096, ge=1, description="open connections")
+    request_timeout: float = Field(15.0, gt=0, le=3600, description="seconds a request may take to arrive")
+    keep_alive_timeout: float = Field(30.0, gt=0, le=3600, description="seconds an idle connection stays open")
+    write_timeout: float = Field(60.0, gt=0, le=86_400, description="seconds a client may leave its stream unread")
+    ping_interval: float = Field(15.0, gt=0, le=3600, description="seconds of silence before a stream gets a ping")
+    health_timeout: float = Field(15.0, gt=0, description="seconds of engine silence before /health gives 503")
+
+    drain_delay: float = Field(0.0, ge=0, le=3600, description="least seconds between SIGTERM and the end of listening")
+    drain_timeout: float = Field(30.0, ge=0, le=86_400, description="seconds that running requests get to finish")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severity to log")
+    log_format: Literal["text", "json"] = Field("text", description="form of the log lines")
+
+
+AnySettings = TypeVar("AnySettings", bound=EngineSettings)
+
+
 def bundled_model_path() -> Path:
     """The checkpoint that ships inside the model package."""
     spec = importlib.util.find_spec("model")
@@ -134,16 +147,37 @@ def bundled_model_path() -> Path:
 
 
 def load_settings(argv: list[str]) -> Settings:
-    """Settings from the command line and the environment. Raises UsageError with one sentence."""
-    make: Any = Settings
+    """The server's settings from the command line and the environment. Raises UsageError with one sentence."""
+    return parse_settings(Settings, argv)
+
+
+def parse_settings(kind: type[AnySettings], argv: list[str]) -> AnySettings:
+    """Settings of any kind. Raises UsageError, for a model folder that is none too."""
+    make: Any = kind
     try:
-        settings: Settings = make(_cli_parse_args=argv)
+        settings: AnySettings = make(_cli_parse_args=argv)
     except ValidationError as error:
         raise UsageError(_sentence(error)) from None
     except SettingsError as error:
         raise UsageError(str(error).removeprefix("error parsing CLI: ")) from None
     _check_model_folder(settings.model_path)
     return settings
+
+
+def resolve_model_names(settings: AnySettings) -> AnySettings:
+    """The settings with folders in place of names on the Hub, fetched where the cache lacks them, with a progress bar.
+
+    Clients keep using the name. Raises UsageError.
+    """
+    name = None if settings.model_path.exists() else HubName.parse(str(settings.model_path))
+    if name is None:
+        return settings
+    try:
+        folder = resolve_model(str(settings.model_path))
+    except QuillError as error:
+        raise UsageError(f"--model: {error}") from None
+    print(f"quill: {name} is {pinned_name(name, folder)}", file=sys.stderr)
+    return settings.model_copy(update={"model": [folder], "served_model_name": settings.served_model_name or name.repo})
 
 
 def _sentence(error: ValidationError) -> str:
@@ -155,7 +189,8 @@ def _sentence(error: ValidationError) -> str:
 
 def _check_model_folder(folder: Path) -> None:
     try:
-        problem = _folder_problem(folder)
+        is_name = not folder.exists() and HubName.parse(str(folder)) is not None
+        problem = None if is_name else _folder_problem(folder)
     except OSError as error:
         problem = f"cannot be read ({error.strerror}); give a folder that this user may enter"
     if problem is not None:
@@ -165,7 +200,7 @@ def _check_model_folder(folder: Path) -> None:
 def _folder_problem(folder: Path) -> str | None:
     """What makes it no checkpoint folder at first sight. Raises OSError where it cannot be looked at."""
     if not folder.exists():
-        return "does not exist; give the folder of a checkpoint"
+        return "does not exist; give the folder of a checkpoint, or a name on the Hub such as openai-community/gpt2"
     if not folder.is_dir():
         return "is not a folder; give the folder that holds config.json"
     if not (folder / "config.json").is_file():
