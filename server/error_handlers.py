@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import http
 import logging
+from typing import get_args
 
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
@@ -14,8 +15,11 @@ from starlette.types import Scope, Send
 
 from model.errors import InvalidSamplingParamsError
 from server.errors import ApiError, HttpError, InternalError, InvalidRequestError, error_body
+from server.openai_errors import is_openai_path, openai_error_body, openai_status
 
 REQUEST_ID = "quill.request_id"
+
+Location = tuple[int | str, ...]
 
 logger = logging.getLogger("server")
 
@@ -26,6 +30,10 @@ def request_id(scope: Scope) -> str:
 
 
 def error_response(error: ApiError, scope: Scope) -> Response:
+    """The error in the shape of the route's own API."""
+    if is_openai_path(scope["path"]):
+        status = openai_status(error)
+        return Response(openai_error_body(error), status, error.headers, "application/json")
     return Response(error_body(error, request_id(scope)), error.status, error.headers, "application/json")
 
 
@@ -71,6 +79,7 @@ def from_validation_error(error: ValidationError, schema: type[BaseModel]) -> In
         return InvalidRequestError("the body must be valid JSON in UTF-8", code="invalid_json")
     if not location:
         return InvalidRequestError("the body must be a JSON object")
+    schema, location = _innermost(schema, location)
     name = str(location[0])
     field = schema.model_fields.get(name)
     if field is None:
@@ -78,6 +87,19 @@ def from_validation_error(error: ValidationError, schema: type[BaseModel]) -> In
     if kind == "missing":
         return InvalidRequestError(f"{name} is required", param=name)
     return InvalidRequestError(f"{name} must be {field.description}", param=name)
+
+
+def _innermost(
+    schema: type[BaseModel], location: tuple[int | str, ...]
+) -> tuple[type[BaseModel], tuple[int | str, ...]]:
+    """Step into a body's objects that have schemas of their own, as far as the fault's location leads."""
+    while len(location) > 1 and (field := schema.model_fields.get(str(location[0]))) is not None:
+        kinds = (field.annotation, *get_args(field.annotation))
+        inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        if inner is None:
+            break
+        schema, location = inner, location[1:]
+    return schema, location
 
 
 def _unknown_field(name: str, schema: type[BaseModel]) -> str:

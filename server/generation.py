@@ -12,7 +12,7 @@ from starlette.types import Receive
 
 from model.tokenizer import Tokenizer
 from server.engine.interface import EngineClient, EngineRequestError, RequestStream
-from server.engine.messages import SequenceOutput
+from server.engine.messages import RequestTimings, SequenceOutput
 from server.errors import ApiError, ClientGoneError, engine_down_error, request_failed_error
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
@@ -53,6 +53,8 @@ class Generation:
             ChoiceOutput(index, tokenizer, prompt.stops, prompt.params.min_tokens)
             for index, prompt in enumerate(self._prompt_of)
         ]
+        self.timings: list[RequestTimings | None] = [None] * len(self.choices)
+        """Of each choice that the engine ended; one that ends at a stop string has none."""
         self._streams: list[RequestStream] = []
         self._submit()
 
@@ -173,6 +175,7 @@ class Generation:
         raise EngineRequestError("the stream ended without a finish reason")
 
     def _finish(self, choice: ChoiceOutput, output: SequenceOutput) -> None:
+        self.timings[choice.index] = output.timings
         self._metrics.observe_finish(
             choice.finish_reason or "error",
             len(self._prompt_of[choice.index].token_ids),

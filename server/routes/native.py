@@ -16,11 +16,13 @@ from server.error_handlers import request_id
 from server.errors import ApiError, error_body
 from server.generation import Generation
 from server.output import ChoiceDelta, TokenLogprob, Usage
-from server.request_body import read_body
+from server.request_body import parse_body, read_bytes
+from server.routes.tgi import answer_tgi
 from server.schemas.native import GenerateRequest
 from server.services import Services
 from server.sse import DONE, data_event, error_event
 from server.streaming import StreamedGeneration
+from server.tgi_request import is_tgi_body
 
 router = APIRouter()
 
@@ -69,8 +71,11 @@ _BODY: dict[str, Any] = {
 
 @router.post("/generate", openapi_extra=_BODY, summary="Generate text")
 async def generate(request: Request) -> Response:
+    raw = await read_bytes(request)
+    if is_tgi_body(raw):
+        return await answer_tgi(request)
     services: Services = request.app.state.services
-    body = await read_body(request, GenerateRequest)
+    body = parse_body(raw, GenerateRequest)
     generation = await admit(body, services)
     model = body.model or services.models[0]
     if body.stream:

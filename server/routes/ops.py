@@ -11,6 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
 from server.services import Services
+from server.tgi_info import tgi_info
 
 router = APIRouter()
 
@@ -96,5 +97,6 @@ async def info(request: Request) -> Response:
             "deterministic": engine.deterministic,
             "load_seconds": engine.load_seconds,
             "versions": {"quill": version(), "torch": engine.torch_version, "python": platform.python_version()},
+            **tgi_info(services, version()),
         }
     )

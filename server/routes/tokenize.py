@@ -1,0 +1,116 @@
+"""POST /tokenize and POST /detokenize: text to token ids and back, without the engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from model.errors import TokenizerError
+from model.tokenizer import Tokenizer
+from server.errors import InvalidRequestError, UnknownModelError, loading_error
+from server.prompts import off_loop
+from server.request_body import parse_body, read_bytes
+from server.schemas.tgi import TgiTokenizeRequest
+from server.schemas.tokenize import DetokenizeRequest, TokenizeRequest
+from server.services import Services
+from server.tgi_errors import in_tgi_shape
+from server.tgi_request import is_tgi_body
+from server.tokenization import encode_text, token_text
+
+router = APIRouter()
+
+
+class Tokens(msgspec.Struct, omit_defaults=True):
+    """`max_model_len` is the model's context in tokens; `token_strs` holds the texts of the tokens one by one."""
+
+    tokens: list[int]
+    count: int
+    max_model_len: int
+    token_strs: list[str] | None = None
+
+
+class Text(msgspec.Struct):
+    """`prompt` repeats `text` under the name that vLLM's clients read."""
+
+    text: str
+    prompt: str
+
+
+class PlacedToken(msgspec.Struct):
+    """A token in TGI's shape: its bytes lie between `start` and `stop` of the UTF-8 text."""
+
+    id: int
+    text: str
+    start: int
+    stop: int
+
+
+def _body_of(*schemas: type[TokenizeRequest] | type[DetokenizeRequest] | type[TgiTokenizeRequest]) -> dict[str, Any]:
+    shapes = [schema.model_json_schema() for schema in schemas]
+    schema = shapes[0] if len(shapes) == 1 else {"anyOf": shapes}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+@router.post(
+    "/tokenize", openapi_extra=_body_of(TokenizeRequest, TgiTokenizeRequest), summary="The token ids of a text"
+)
+async def tokenize(request: Request) -> Response:
+    raw = await read_bytes(request)
+    services: Services = request.app.state.services
+    if is_tgi_body(raw):
+        return await in_tgi_shape(_tokenize_tgi(raw, services), request.scope)
+    body = parse_body(raw, TokenizeRequest)
+    if (body.text is None) == (body.prompt is None):
+        raise InvalidRequestError("give either text or prompt", param="text")
+    text, param = (body.text, "text") if body.text is not None else (body.prompt or "", "prompt")
+    tokenizer = _tokenizer(body.model, services)
+    ids = await encode_text(text, param, tokenizer, add_special=body.add_special_tokens)
+    strings = [token_text(token_id, tokenizer) for token_id in ids]
+    answer = Tokens(ids, len(ids), services.ready_info.max_model_len, strings if body.return_token_strs else None)
+    return Response(msgspec.json.encode(answer), media_type="application/json")
+
+
+@router.post("/detokenize", openapi_extra=_body_of(DetokenizeRequest), summary="The text of token ids")
+async def detokenize(request: Request) -> Response:
+    services: Services = request.app.state.services
+    body = parse_body(await read_bytes(request), DetokenizeRequest)
+    tokenizer = _tokenizer(body.model, services)
+    try:
+        text = await off_loop(len(body.tokens), lambda: tokenizer.decode(body.tokens))
+    except TokenizerError:
+        raise InvalidRequestError("tokens holds an id that is no token of this model", param="tokens") from None
+    return Response(msgspec.json.encode(Text(text, text)), media_type="application/json")
+
+
+def _tokenizer(name: str | None, services: Services) -> Tokenizer:
+    if name is not None and name not in services.models:
+        raise UnknownModelError
+    if services.tokenizer is None:
+        raise services.lifecycle.health_error() or loading_error()
+    return services.tokenizer
+
+
+async def _tokenize_tgi(raw: bytes, services: Services) -> Response:
+    body = parse_body(raw, TgiTokenizeRequest)
+    tokenizer = _tokenizer(body.model, services)
+    ids = await encode_text(body.inputs, "inputs", tokenizer)
+    tokens = await off_loop(len(ids), lambda: _place(body.inputs.encode(), ids, tokenizer))
+    return Response(msgspec.json.encode(tokens), media_type="application/json")
+
+
+def _place(text: bytes, ids: list[int], tokenizer: Tokenizer) -> list[PlacedToken]:
+    """Where each token lies in the text. A special token that was added lies nowhere; under a tokenizer that
+    changes the text none has a place, and like TGI we then give ids alone."""
+    special = set(tokenizer.special_tokens.values())
+    pieces = [b"" if token_id in special else tokenizer.token_bytes(token_id) for token_id in ids]
+    if b"".join(pieces) != text:
+        return [PlacedToken(token_id, "", 0, 0) for token_id in ids]
+    tokens, start = [], 0
+    for token_id, piece in zip(ids, pieces, strict=True):
+        stop = start + len(piece)
+        tokens.append(PlacedToken(token_id, piece.decode("utf-8", "replace"), start, stop))
+        start = stop
+    return tokens

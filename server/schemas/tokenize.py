@@ -1,0 +1,30 @@
+"""The bodies of POST /tokenize and POST /detokenize. Each field's description is also its error's rule."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from server.schemas.sampling import TokenId
+
+
+class TokenizeRequest(BaseModel):
+    """Strict: no coercion, no unknown field. One of `text` and `prompt` is given, which the route checks."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    text: str | None = Field(None, description="a string, where there is no prompt")
+    prompt: str | None = Field(None, description="a string: another name for text")
+    model: str | None = Field(None, max_length=200, description="the name of a served model")
+    add_special_tokens: bool = Field(
+        True, description="true or false; true adds what the tokenizer puts around a text, such as BOS"
+    )
+    return_token_strs: bool = Field(False, description="true or false; true gives each token's text as well")
+
+
+class DetokenizeRequest(BaseModel):
+    """Strict: no coercion, no unknown field."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    tokens: list[TokenId] = Field(description="a list of token ids")
+    model: str | None = Field(None, max_length=200, description="the name of a served model")
