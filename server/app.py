@@ -15,12 +15,12 @@ from server.errors import ApiError
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
 from server.middleware import AuthMiddleware, BodyLimitMiddleware, HostMiddleware, RequestContextMiddleware
-from server.routes import classify, native, openai, ops
+from server.routes import classify, native, openai, ops, tgi, tokenize
 from server.services import Services
 from server.settings import Settings
 from server.sse import Heartbeat
 
-ROUTERS = (ops.router, native.router, classify.router, openai.router)
+ROUTERS = (ops.router, native.router, classify.router, openai.router, tgi.router, tokenize.router)
 
 
 def create_app(
