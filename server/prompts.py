@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -53,8 +53,8 @@ class ServedModel:
 
 async def native_prompt(body: GenerateRequest, model: ServedModel, arrival: float) -> Prompt:
     """The prompt of POST /generate; `arrival` is when it came, on the monotonic clock. Raises InvalidRequestError."""
-    token_ids = await encode_prompt(body.prompt, model.tokenizer)
     check_count(1, body.n, model)
+    [token_ids] = await encode_prompts([body.prompt], model.tokenizer)
     return make_prompt(
         token_ids, body, body.max_tokens, model,
         arrival=arrival, logprobs=body.logprobs, echo=echo_text(body.prompt, model.tokenizer) if body.echo else "",
@@ -66,12 +66,17 @@ async def off_loop(size: int, function: Callable[[], Result]) -> Result:
     return await asyncio.to_thread(function) if size > LONG_TEXT else function()
 
 
-async def encode_prompt(prompt: str | list[int], tokenizer: Tokenizer) -> list[int]:
-    """The prompt's ids; an empty text starts from BOS or EOS. Raises InvalidRequestError."""
+async def encode_prompts(prompts: Sequence[str | list[int]], tokenizer: Tokenizer) -> list[list[int]]:
+    """Each prompt's ids; an empty text starts from BOS or EOS. Raises InvalidRequestError."""
+    num_characters = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
+    return await off_loop(num_characters, lambda: [_encode(prompt, tokenizer) for prompt in prompts])
+
+
+def _encode(prompt: str | list[int], tokenizer: Tokenizer) -> list[int]:
     if isinstance(prompt, list):
         return prompt
     try:
-        token_ids = await off_loop(len(prompt), lambda: tokenizer.encode(prompt))
+        token_ids = tokenizer.encode(prompt)
     except TokenizerError:
         message = "prompt holds characters that this model's tokenizer does not know"
         raise InvalidRequestError(message, param="prompt") from None

@@ -1,31 +1,117 @@
-"""OpenAI's list of models, which its clients ask for first."""
+"""OpenAI's routes: completions, chat completions and the list of models."""
 
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from fastapi import APIRouter, Request
+from pydantic import BaseModel
 from starlette.responses import Response
 
+from server.admission import served_model, start_generation
+from server.error_handlers import request_id
+from server.errors import UnknownModelError
+from server.openai_output import AnswerSource, ChatFormat, CompletionFormat
+from server.openai_prompts import chat_prompt, completion_prompts
+from server.prompts import Prompt, ServedModel
+from server.request_body import read_body
+from server.routes.native import provenance
 from server.routes.ops import json_response
+from server.schemas.openai import ChatCompletionRequest, CompletionRequest, OpenAIFields
 from server.services import Services
+from server.streaming import StreamedGeneration
 
 router = APIRouter()
 _STARTED = int(time.time())
+_COMPLETION_EXAMPLES = {
+    "a text": {"value": {"prompt": "To be, or not to be", "max_tokens": 64, "temperature": 0.8}},
+    "a stream": {
+        "value": {"prompt": "ROMEO:", "max_tokens": 64, "stream": True, "stream_options": {"include_usage": True}}
+    },
+    "several prompts": {"value": {"prompt": ["ROMEO:", "JULIET:"], "max_tokens": 32, "n": 2, "seed": 7}},
+}
+_CHAT_EXAMPLES = {
+    "a question": {"value": {"messages": [{"role": "user", "content": "Who wrote Hamlet?"}], "max_tokens": 64}},
+    "a stream": {"value": {"messages": [{"role": "user", "content": "Tell me a story."}], "stream": True}},
+}
 
 
-@router.get("/v1/models", summary="The served models in OpenAI's shape")
+def _documented(schema: type[BaseModel], examples: dict[str, Any]) -> dict[str, Any]:
+    content = {"schema": schema.model_json_schema(), "examples": examples}
+    return {"requestBody": {"required": True, "content": {"application/json": content}}}
+
+
+@router.post(
+    "/v1/completions",
+    openapi_extra=_documented(CompletionRequest, _COMPLETION_EXAMPLES),
+    summary="Continue texts, in OpenAI's shape",
+)
+async def completions(request: Request) -> Response:
+    services: Services = request.app.state.services
+    body = await read_body(request, CompletionRequest)
+    arrival = time.monotonic()
+    model = served_model(body.model, services)
+    prompts = await completion_prompts(body, model, arrival)
+    return await _answer(request, body, model, prompts, "cmpl-", CompletionFormat)
+
+
+@router.post(
+    "/v1/chat/completions",
+    openapi_extra=_documented(ChatCompletionRequest, _CHAT_EXAMPLES),
+    summary="Answer a conversation, in OpenAI's shape",
+)
+async def chat_completions(request: Request) -> Response:
+    services: Services = request.app.state.services
+    body = await read_body(request, ChatCompletionRequest)
+    arrival = time.monotonic()
+    model = served_model(body.model, services)
+    prompt = await chat_prompt(body, model, arrival)
+    return await _answer(request, body, model, [prompt], "chatcmpl-", ChatFormat)
+
+
+async def _answer(
+    request: Request, body: OpenAIFields, model: ServedModel, prompts: list[Prompt], prefix: str,
+    make_format: type[CompletionFormat] | type[ChatFormat],
+) -> Response:  # fmt: skip
+    services: Services = request.app.state.services
+    source = AnswerSource(
+        id=prefix + request_id(request.scope).removeprefix("req-"),
+        created=int(time.time()),
+        model=body.model or services.models[0],
+        provenance=provenance(services.ready_info),
+    )
+    generation = start_generation(prompts, services)
+    answer_format = make_format(source, generation, model.tokenizer, include_usage=body.include_usage)
+    if body.stream:
+        return StreamedGeneration(generation, answer_format, services.heartbeat)
+    try:
+        choices = await generation.collect(request.receive)
+        return Response(answer_format.answer(choices, generation.usage), media_type="application/json")
+    finally:
+        generation.close()
+
+
+@router.get("/v1/models", summary="The served models, in OpenAI's shape")
 async def list_models(request: Request) -> Response:
     services: Services = request.app.state.services
+    return json_response({"object": "list", "data": [_describe(name, services) for name in services.models]})
+
+
+@router.get("/v1/models/{model:path}", summary="One served model, in OpenAI's shape")
+async def retrieve_model(model: str, request: Request) -> Response:
+    services: Services = request.app.state.services
+    if model not in services.models:
+        raise UnknownModelError
+    return json_response(_describe(model, services))
+
+
+def _describe(name: str, services: Services) -> dict[str, object]:
     info = services.engine.info
-    models = [
-        {
-            "id": name,
-            "object": "model",
-            "created": _STARTED,
-            "owned_by": "quill",
-            "max_model_len": None if info is None else info.max_model_len,
-        }
-        for name in services.models
-    ]
-    return json_response({"object": "list", "data": models})
+    return {
+        "id": name,
+        "object": "model",
+        "created": _STARTED,
+        "owned_by": "quill",
+        "max_model_len": None if info is None else info.max_model_len,
+    }
