@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from model.sampling_params import MAX_LOGPROBS
 from server.schemas.sampling import MAX_TOKEN_ID, SamplingFields, TokenId
@@ -18,10 +18,10 @@ MAX_PROMPTS = 1024
 MAX_MESSAGES = 2048
 MAX_ROLE_LENGTH = 64
 
-# FailFast: a body of a megabyte can hold half a million faults, of which the first is told.
-TokenIds = Annotated[list[TokenId], Field(min_length=1), FailFast()]
-Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS), FailFast()]
-ManyTokenIds = Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS), FailFast()]
+# fail_fast: a body of a megabyte can hold half a million faults, of which the first is told.
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+ManyTokenIds = Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
 
 Unsupported = dict[str, tuple[tuple[object, ...], str]]
 """Name of a field → its values that ask for nothing, and the rule for the rest."""
@@ -118,7 +118,7 @@ class Message(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="allow")
 
     role: Annotated[str, Field(min_length=1, max_length=MAX_ROLE_LENGTH)]
-    content: str | Annotated[list[TextPart], FailFast()] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: Annotated[str, Field(max_length=MAX_ROLE_LENGTH)] | None = None
 
     @property
@@ -130,7 +130,7 @@ class Message(BaseModel):
 
 
 class _Conversation(BaseModel):
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES), FailFast()] = Field(
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] = Field(
         description=f"a list of 1 to {MAX_MESSAGES} objects, each with a role and a content of text or of text parts"
     )
     max_tokens: int | None = Field(
