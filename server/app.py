@@ -15,12 +15,13 @@ from server.errors import ApiError
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
 from server.middleware import AuthMiddleware, BodyLimitMiddleware, HostMiddleware, RequestContextMiddleware
-from server.routes import classify, native, openai, ops, tgi, tokenize
+from server.page_files import page_files
+from server.routes import classify, native, openai, ops, page, tgi, tokenize
 from server.services import Services
 from server.settings import Settings
 from server.sse import Heartbeat
 
-ROUTERS = (ops.router, native.router, classify.router, openai.router, tgi.router, tokenize.router)
+ROUTERS = (ops.router, native.router, classify.router, openai.router, page.router, tgi.router, tokenize.router)
 
 
 def create_app(
@@ -74,6 +75,6 @@ def _middleware(settings: Settings, metrics: Metrics, keys: ApiKeys) -> list[Mid
         Middleware(RequestContextMiddleware, metrics=metrics),
         Middleware(HostMiddleware, bind_host=settings.host, allowed_hosts=settings.allowed_hosts),
         *(cors if settings.cors_origins else []),
-        Middleware(AuthMiddleware, keys=keys),
+        Middleware(AuthMiddleware, keys=keys, page_paths=frozenset(page_files())),
         Middleware(BodyLimitMiddleware, limit=settings.max_body_size),
     ]

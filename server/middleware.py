@@ -26,6 +26,8 @@ from server.errors import (
 from server.metrics import Metrics
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
+# What probes, scrapers and the page ask for again and again.
+QUIET_PATHS = OPEN_PATHS | {"/metrics", "/stats"}
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 MAX_CLIENT_ID_LENGTH = 64
 METHODS = frozenset({"GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE"})
@@ -89,7 +91,7 @@ class RequestContextMiddleware:
         }
         if client_id is not None:
             fields["client_request_id"] = client_id.decode("ascii")
-        level = logging.DEBUG if scope["path"] in OPEN_PATHS or scope["path"] == "/metrics" else logging.INFO
+        level = logging.DEBUG if scope["path"] in QUIET_PATHS else logging.INFO
         logger.log(level, "request", extra=fields)
 
 
@@ -147,18 +149,24 @@ def _is_address(name: str) -> bool:
 
 
 class AuthMiddleware:
-    """Every path but the health probes needs a key, known or not."""
+    """Every path, known or not, needs a key, but for the health probes and reading the page's own files: a browser
+    cannot send a key before the page has asked for it."""
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
+    def __init__(self, app: ASGIApp, keys: ApiKeys, page_paths: frozenset[str] = frozenset()) -> None:
         self._app = app
         self._keys = keys
+        self._page_paths = page_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_open = scope["type"] != "http" or not self._keys.required or scope["path"] in OPEN_PATHS
+        is_open = scope["type"] != "http" or not self._keys.required or self._is_public(scope)
         if is_open or self._keys.accepts(header(scope, b"authorization")):
             await self._app(scope, receive, send)
         else:
             await send_error(UnauthorizedError(), scope, send)
+
+    def _is_public(self, scope: Scope) -> bool:
+        reads = scope["method"] in ("GET", "HEAD")
+        return scope["path"] in OPEN_PATHS or (reads and scope["path"] in self._page_paths)
 
 
 class BodyLimitMiddleware:

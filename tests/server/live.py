@@ -22,9 +22,9 @@ from tests.server.fake_engine import FakeEngine
 class LiveServer:
     """`url` answers until the context ends; `engine` lives in the server's own event loop."""
 
-    def __init__(self, engine: FakeEngine, **values: Any) -> None:
+    def __init__(self, engine: FakeEngine, keys: list[str] | None = None, **values: Any) -> None:
         self.engine = engine
-        self.app: FastAPI = make_app(engine, **values)
+        self.app: FastAPI = make_app(engine, keys, **values)
         self._listener = listen("127.0.0.1", 0)
         self.port: int = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"

@@ -1,0 +1,147 @@
+// The card beside a token: what the model gave it and what it might have said instead. A pointer opens it by resting
+// on a token, the keyboard by stepping through the text with the arrow keys; Escape closes it.
+
+import { make } from "./dom.js";
+import { percent, probability, visible } from "./tokens.js";
+
+const MARGIN = 8; // pixels to the edge of the window
+const CLOSE_DELAY = 150; // milliseconds, to move from the token onto its card
+const MAX_SHOWN = 4; // tokens of one piece of text
+
+export class TokenCard {
+  #card;
+  #status;
+  #tokensOf;
+  #current = null;
+  #timer = 0;
+
+  /** `texts` holds the tokens, `status` is read out when the keyboard moves, `tokensOf` as in StreamView. */
+  constructor(card, status, texts, tokensOf) {
+    this.#card = card;
+    this.#status = status;
+    this.#tokensOf = tokensOf;
+    texts.addEventListener("pointerover", (event) => this.#over(event.target));
+    texts.addEventListener("pointerleave", () => this.#closeSoon());
+    texts.addEventListener("click", (event) => this.#over(event.target));
+    texts.addEventListener("keydown", (event) => this.#key(event));
+    texts.addEventListener("focusin", (event) => this.#focus(event.target));
+    texts.addEventListener("focusout", () => this.close());
+    card.addEventListener("pointerenter", () => clearTimeout(this.#timer));
+    card.addEventListener("pointerleave", () => this.#closeSoon());
+    document.addEventListener("keydown", (event) => this.#escape(event));
+    document.addEventListener("pointerdown", (event) => {
+      if (!card.contains(event.target) && !this.#tokensOf.has(event.target)) this.close();
+    });
+    const follow = () => this.#current && place(card, this.#current);
+    window.addEventListener("scroll", follow, { passive: true });
+    window.addEventListener("resize", follow);
+  }
+
+  close() {
+    clearTimeout(this.#timer);
+    this.#current?.classList.remove("current");
+    this.#current = null;
+    this.#card.hidden = true;
+  }
+
+  /** Escape means this card while it is open, and nothing else. */
+  #escape(event) {
+    if (event.key !== "Escape" || this.#card.hidden) return;
+    this.close();
+    event.stopImmediatePropagation();
+  }
+
+  #closeSoon() {
+    clearTimeout(this.#timer);
+    this.#timer = setTimeout(() => this.close(), CLOSE_DELAY);
+  }
+
+  #over(target) {
+    if (!this.#tokensOf.has(target)) return;
+    clearTimeout(this.#timer);
+    if (target !== this.#current) this.#show(target);
+  }
+
+  #focus(target) {
+    if (target.matches(":focus-visible") && target.classList.contains("text")) this.#step(target, "ArrowRight");
+  }
+
+  #key(event) {
+    const text = event.target.closest(".text");
+    if (!text || event.ctrlKey || event.metaKey || event.altKey) return;
+    if (this.#step(text, event.key)) event.preventDefault();
+  }
+
+  /** Move to another token of that text; false when the key moves nothing. */
+  #step(text, key) {
+    const tokens = [...text.children].filter((element) => this.#tokensOf.has(element));
+    const at = tokens.indexOf(this.#current);
+    const moves = { ArrowRight: at + 1, ArrowLeft: at < 0 ? 0 : at - 1, Home: 0, End: tokens.length - 1 };
+    if (!(key in moves) || !tokens.length) return false;
+    const next = tokens[Math.min(Math.max(moves[key], 0), tokens.length - 1)];
+    next.scrollIntoView({ block: "nearest" });
+    this.#show(next);
+    this.#status.textContent = spoken(this.#tokensOf.get(next), next.textContent);
+    return true;
+  }
+
+  #show(element) {
+    this.#current?.classList.remove("current");
+    this.#current = element;
+    element.classList.add("current");
+    const tokens = this.#tokensOf.get(element);
+    const rest = tokens.length - MAX_SHOWN;
+    this.#card.replaceChildren(
+      ...tokens.slice(0, MAX_SHOWN).map(describe),
+      ...(rest > 0 ? [make("p", { className: "quiet" }, `and ${rest} more tokens`)] : []),
+    );
+    this.#card.hidden = false;
+    place(this.#card, element);
+  }
+}
+
+/** One token: its text, id and probability, and the alternatives with bars. */
+function describe(token) {
+  const share = probability([token]);
+  const title = make(
+    "p",
+    { className: "card-title" },
+    make("code", {}, visible(token.text)),
+    make("strong", {}, percent(share)),
+    make("span", { className: "quiet" }, `id ${token.id} · log p ${(token.logprob ?? -Infinity).toFixed(2)}`),
+  );
+  const rows = token.top.map((entry) => alternative(entry, entry.id === token.id));
+  const list = make("ol", { className: "alternatives" }, ...rows);
+  return make("section", {}, title, ...(rows.length ? [list] : []));
+}
+
+function alternative(entry, chosen) {
+  const share = probability([entry]);
+  const bar = make("span", { className: "bar" });
+  bar.style.setProperty("--share", share);
+  return make(
+    "li",
+    { className: chosen ? "chosen" : "" },
+    make("code", {}, visible(entry.text)),
+    bar,
+    make("span", { className: "share" }, percent(share)),
+  );
+}
+
+function spoken(tokens, text) {
+  const [token] = tokens;
+  const others = token.top.filter((entry) => entry.id !== token.id).slice(0, 3);
+  const instead = others.map((entry) => `${visible(entry.text)} ${percent(probability([entry]))}`).join(", ");
+  return `${visible(text)}, ${percent(probability(tokens))}${instead ? `; instead: ${instead}` : ""}`;
+}
+
+/** Below the token, or above where there is no room, inside the window. */
+function place(card, element) {
+  const token = element.getClientRects()[0] ?? element.getBoundingClientRect();
+  const { width, height } = card.getBoundingClientRect();
+  const left = Math.min(Math.max(token.left, MARGIN), window.innerWidth - width - MARGIN);
+  const below = token.bottom + MARGIN;
+  const top = below + height > window.innerHeight - MARGIN ? token.top - height - MARGIN : below;
+  card.style.left = `${Math.max(left, MARGIN)}px`;
+  card.style.top = `${Math.max(top, MARGIN)}px`;
+}
