@@ -16,8 +16,13 @@ BACKLOG = 2048
 
 def main(argv: list[str] | None = None) -> int:
     """Run `python -m server` and return its exit code: 0 drained, 1 engine failure, 2 wrong usage."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["batch"]:
+        from server import batch_cli
+
+        return batch_cli.main(argv[1:])
     try:
-        settings = load_settings(sys.argv[1:] if argv is None else argv)
+        settings = load_settings(argv)
         keys = load_api_keys(settings.api_key_file)
         settings = resolve_model_names(settings)
         listener = listen(settings.host, settings.port)

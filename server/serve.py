@@ -41,6 +41,10 @@ _FIRST_REQUESTS = {
 LoadTokenizer = Callable[[Settings], Tokenizer]
 
 
+def tokenizer_of(settings: Settings) -> Tokenizer:
+    return Tokenizer.load(settings.model_path)
+
+
 class StartupError(Exception):
     """The engine or the tokenizer could not be loaded; one sentence for the operator."""
 
@@ -58,7 +62,7 @@ async def serve(
     listener: socket.socket,
     engine: EngineClient,
     signals: Signals,
-    load_tokenizer: LoadTokenizer = lambda settings: Tokenizer.load(settings.model_path),
+    load_tokenizer: LoadTokenizer = tokenizer_of,
 ) -> int:
     """Serve on `listener` until a signal or the engine's end; the engine has been started. Returns the exit code."""
     app = create_app(settings, engine, keys)
@@ -75,7 +79,13 @@ async def serve(
 
 
 async def _start(services: Services, load_tokenizer: LoadTokenizer, listener: socket.socket) -> None:
-    """Wait for engine and tokenizer, then say how to use them. Raises StartupError."""
+    """Wait until requests can be answered, then say how to ask. Raises StartupError."""
+    await load(services, load_tokenizer)
+    print(greeting(services, listener), flush=True)
+
+
+async def load(services: Services, load_tokenizer: LoadTokenizer) -> None:
+    """Wait for the engine, the tokenizer and the chat template. Raises StartupError."""
     settings = services.settings
     try:
         _, tokenizer, chat_template = await asyncio.gather(
@@ -88,7 +98,6 @@ async def _start(services: Services, load_tokenizer: LoadTokenizer, listener: so
     except QuillError as error:
         raise StartupError(str(error)) from None
     services.set_tokenizer(tokenizer, chat_template)
-    print(greeting(services, listener), flush=True)
 
 
 def _load_chat_template(settings: Settings) -> ChatTemplate | None:
