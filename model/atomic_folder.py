@@ -16,9 +16,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from model.errors import CheckpointError
+from model.file_errors import naming_file
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -36,18 +35,16 @@ def replace_folder(folder: Path, write: Callable[[Path], None], *, marker: str) 
     partial, previous = _beside(folder, _PARTIAL), _beside(folder, _PREVIOUS)
     made: list[Path] = []
     try:
-        _check_replaceable(folder, marker)
-        _settle(folder, previous)
-        _make_parents(folder.parent, made)
-        _remove(partial)
-        partial.mkdir()
-        write(partial)
-        _sync_tree(partial)
-        _put_in_place(partial, folder, previous)
-        made.clear()
-    except (OSError, SafetensorError) as problem:  # safetensors tells of a full disk by an error of its own
-        reason = getattr(problem, "strerror", None) or problem
-        raise CheckpointError(f"{folder} cannot be written: {reason}") from problem
+        with naming_file(folder, "written"):
+            _check_replaceable(folder, marker)
+            _settle(folder, previous)
+            _make_parents(folder.parent, made)
+            _remove(partial)
+            partial.mkdir()
+            write(partial)
+            _sync_tree(partial)
+            _put_in_place(partial, folder, previous)
+            made.clear()
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # after an exchange this is the old folder
         _remove_empty(made)
@@ -59,25 +56,30 @@ def replace_file(path: Path, content: bytes) -> None:
     Raises CheckpointError when the disk refuses; an older file then stays as it was.
     """
     partial = _beside(path, _PARTIAL)
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        _sync(path.parent)
-    except OSError as problem:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise CheckpointError(f"{path} cannot be written: {problem.strerror or problem}") from problem
+    with naming_file(path, "written"):
+        try:
+            with partial.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+            _sync(path.parent)
+        except OSError:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder that appears whole or not at all; what a killed deletion leaves, `clear_leftovers` removes."""
+    """Delete a folder that appears whole or not at all; what a killed deletion leaves, `clear_leftovers` removes.
+
+    Raises CheckpointError when the disk refuses.
+    """
     partial = _beside(folder, _PARTIAL)
-    _remove(partial)
-    folder.rename(partial)
-    shutil.rmtree(partial)
+    with naming_file(folder, "removed"):
+        _remove(partial)
+        folder.rename(partial)
+        shutil.rmtree(partial)
 
 
 def clear_leftovers(parent: Path) -> None:
@@ -85,14 +87,12 @@ def clear_leftovers(parent: Path) -> None:
 
     For the only writer of `parent`, before it writes. Raises CheckpointError when the disk refuses.
     """
-    try:
+    with naming_file(parent, "cleared"):
         for path in sorted(parent.iterdir()) if parent.is_dir() else ():
             if path.name.startswith(".") and path.name.endswith(_PREVIOUS):
                 _settle(parent / path.name[1 : -len(_PREVIOUS)], path)
             elif path.name.startswith(".") and path.name.endswith(_PARTIAL):
                 _remove(path)
-    except OSError as problem:
-        raise CheckpointError(f"{parent} cannot be cleared: {problem.strerror or problem}") from problem
 
 
 def _beside(folder: Path, kind: str) -> Path:

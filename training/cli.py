@@ -5,6 +5,8 @@ Commands import what they need when they run, so that `--help` and a typing mist
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from typing import NoReturn
 
@@ -26,6 +28,8 @@ from training.commands.report import report_command
 from training.commands.selftest import selftest_command
 from training.commands.tokenizer import tokenizer_app
 from training.commands.train import EPILOG, train
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 app = typer.Typer(
     help="Prepare text, train small GPTs on it, evaluate and sample them.",
@@ -53,11 +57,30 @@ app.add_typer(tokenizer_app, name="tokenizer")
 def main() -> None:
     """Runs the command line. A user's mistake is one line on stderr and exit status 1."""
     try:
-        app(prog_name="python -m training")
+        _run()
     except QuillError as error:
         _fail(str(error))
+    except BrokenPipeError:  # whoever read the output has had enough
+        _drop_output()
+        sys.exit(1)
     except OSError as error:
+        if error.errno in _NO_ROOM and error.filename is None:  # files are named where they are written
+            _drop_output()
+            _fail(f"standard output cannot be written: {error.strerror}")
         _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+
+
+def _run() -> None:
+    try:
+        app(prog_name="python -m training")
+    except SystemExit:
+        sys.stdout.flush()  # here a refusal can still be told
+        raise
+
+
+def _drop_output() -> None:
+    """What waits to be printed cannot be; Python would try once more when it ends, and complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str) -> NoReturn:

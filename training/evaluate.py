@@ -1,16 +1,8 @@
-"""Loss, perplexity and bits per byte of a model over a whole split or text.
-
-The tokens are read in windows of `seq_len` predictions, one behind the other, so that every token but the first is
-predicted exactly once; the last window may be shorter. With `stride` below `seq_len` windows overlap and only the
-last `stride` predictions of each count, which gives every token at least seq_len − stride tokens of context: a lower
-and more expensive figure. Bits per byte = nats per token · tokens per byte / ln 2, where the bytes are those of the
-UTF-8 text, so models with different tokenizers can be compared.
-"""
+"""Loss, perplexity and bits per byte of a model over a whole split or text, in the windows of `model.evaluation`."""
 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -23,6 +15,7 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import load_model
+from model.evaluation import Evaluation, Window, prediction_windows
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from training.build import resolve_device
@@ -43,42 +36,6 @@ class Tokens(Protocol):
     @property
     def num_bytes(self) -> int: ...
     def read(self, start: int, length: int) -> npt.NDArray[np.int64]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """`loss` is in nats per token, over `tokens` predictions."""
-
-    loss: float
-    tokens: int
-    bytes_per_token: float
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(self.loss) if self.loss < 700 else math.inf
-
-    @property
-    def bits_per_byte(self) -> float:
-        return self.loss / self.bytes_per_token / math.log(2)
-
-    def values(self) -> dict[str, float | int | None]:
-        """For JSON, which has no infinity."""
-        perplexity = self.perplexity if math.isfinite(self.perplexity) else None
-        return {
-            "loss": self.loss,
-            "perplexity": perplexity,
-            "bits_per_byte": self.bits_per_byte,
-            "tokens": self.tokens,
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class _Window:
-    """Predictions [start, start + length) of the run, of which those from `skip` on count."""
-
-    start: int
-    length: int
-    skip: int
 
 
 @torch.no_grad()
@@ -135,7 +92,7 @@ def evaluate_windows(
     if predictions < 1:
         raise DataError("the text has fewer than two tokens; there is nothing to predict")
     counted = min(predictions, max_tokens) if max_tokens else predictions
-    batches = _batches(_windows(counted, seq_len, stride or seq_len), batch_size)
+    batches = _batches(prediction_windows(counted, seq_len, stride or seq_len), batch_size)
     total = torch.zeros((), dtype=torch.float64, device=distributed.device)
     done = 0
     while batches_of_round := list(islice(batches, distributed.world_size)):
@@ -243,20 +200,9 @@ def open_checkpoint(folder: Path, *, device: str = "auto", dtype: torch.dtype = 
     return LoadedCheckpoint(folder, model, Tokenizer.load(folder))
 
 
-def _windows(predictions: int, seq_len: int, stride: int) -> Iterator[_Window]:
-    """The first window counts whole; each later one starts so that its last `stride` predictions are new."""
-    yield _Window(0, min(seq_len, predictions), 0)
-    done = min(seq_len, predictions)
-    while done < predictions:
-        new = min(stride, predictions - done)
-        start = done + new - min(seq_len, done + new) if stride < seq_len else done
-        yield _Window(start, done + new - start, done - start)
-        done += new
-
-
-def _batches(windows: Iterator[_Window], size: int) -> Iterator[list[_Window]]:
+def _batches(windows: Iterator[Window], size: int) -> Iterator[list[Window]]:
     """Groups of at most `size` neighbours of one shape."""
-    group: list[_Window] = []
+    group: list[Window] = []
     for window in windows:
         if group and (len(group) == size or (window.length, window.skip) != (group[0].length, group[0].skip)):
             yield group

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from model.checkpoint import MAX_SHARD_BYTES, Manifest, Provenance, load_model, save_state_dict
 from model.errors import CheckpointError
+from model.file_errors import naming_file
 from model.hf_config import CONFIG_FILE
 from model.manifest import read_manifest
 from model.tokenizer import Tokenizer
@@ -87,7 +88,8 @@ def export_checkpoint(
             provenance=provenance, vocab_size=tokenizer.vocab_size, max_shard_bytes=max_shard_bytes,
         )  # fmt: skip
         rounding_error, export_error = _compare(model, unchecked, dtype)
-        unchecked.rename(out.resolve())
+        with naming_file(out, "written"):
+            unchecked.rename(out.resolve())
     finally:
         shutil.rmtree(unchecked, ignore_errors=True)
     return ExportResult(folder, dtype, tokenizer.vocab_size, padding, rounding_error, export_error, exported)

@@ -15,6 +15,7 @@ from torch import nn
 
 from model.atomic_folder import replace_file
 from model.config import ModelConfig
+from model.file_errors import naming_file, write_all
 from training.device_peaks import peak_flops
 from training.errors import RecipeError
 
@@ -57,12 +58,8 @@ class MetricsLog:
         self._path, self._file = path, path.open("ab", buffering=0)
 
     def write(self, **values: Any) -> None:
-        try:
-            line = _line(values).encode()
-            while line:  # a disk that becomes full takes a part and refuses the rest
-                line = line[self._file.write(line) :]
-        except OSError as error:
-            raise RecipeError(f"{self._path} cannot be written: {error.strerror}") from error
+        with naming_file(self._path, "written", RecipeError):
+            write_all(self._file, _line(values).encode())
 
     def close(self) -> None:
         self._file.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import secrets
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from model.atomic_folder import remove_folder
 from model.config import ModelConfig
 from model.errors import CheckpointError, TokenizerError
 from model.manifest import read_manifest, weights_digest
@@ -210,4 +210,4 @@ def _remove_damaged(found: FoundState, console: Console) -> None:
     """The newer states that could not be used go, now that an older one has been loaded."""
     for folder, problem in found.damaged:
         console.print(f"removing a damaged state: {problem}", style="yellow", markup=False)
-        shutil.rmtree(folder)
+        remove_folder(folder)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from model.atomic_folder import replace_file
+from model.file_errors import naming_file
 from training.checkpoint import RunState, has_state
 from training.config import SECTIONS, TrainConfig
 from training.errors import RecipeError, ResumeError
@@ -62,20 +63,19 @@ def _with_defaults(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Creates the folder and keeps a second process from writing to it."""
-    try:
+    """Creates the folder and keeps a second process from writing to it. Raises RecipeError or ResumeError."""
+    with naming_file(f"run.dir {run_dir}", "written", RecipeError):
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = (run_dir / ".lock").open("w")
-    except OSError as error:
-        raise RecipeError(f"run.dir {run_dir} cannot be written: {error.strerror}") from None
     with lock as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ResumeError(f"{run_dir}: another process is training into this folder") from None
+        with naming_file(f"run.dir {run_dir}", "locked", RecipeError):  # not every network file system knows locks
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ResumeError(f"{run_dir}: another process is training into this folder") from None
         yield
 
 
 def write_config(run_dir: Path, config: TrainConfig) -> None:
-    """config.toml, the resolved recipe. Raises OSError, and then an older one is as it was."""
+    """config.toml, the resolved recipe. Raises CheckpointError when the disk refuses; an older one is as it was."""
     replace_file(run_dir / "config.toml", config_to_toml(config).encode())

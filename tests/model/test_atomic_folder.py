@@ -10,7 +10,7 @@ import pytest
 from safetensors import SafetensorError
 
 from model import atomic_folder
-from model.atomic_folder import clear_leftovers, replace_file, replace_folder
+from model.atomic_folder import clear_leftovers, remove_folder, replace_file, replace_folder
 from model.errors import CheckpointError
 
 
@@ -135,6 +135,21 @@ def test_leftovers_are_cleared_and_a_folder_moved_aside_comes_back(tmp_path: Pat
     assert (tmp_path / "gone" / "marker").read_text() == ".gone.previous"
     assert (tmp_path / "kept" / "marker").read_text() == "kept"
     clear_leftovers(tmp_path / "absent")
+
+
+def test_a_folder_that_cannot_be_removed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_folder(tmp_path / "target", writer("old"), marker="marker")
+
+    def full(self: Path, other: Path) -> Path:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", full)
+        with pytest.raises(CheckpointError, match="target cannot be removed: No space left on device"):
+            remove_folder(tmp_path / "target")
+    assert names(tmp_path) == ["target"]
+    remove_folder(tmp_path / "target")
+    assert names(tmp_path) == []
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

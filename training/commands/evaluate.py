@@ -122,6 +122,7 @@ def evaluate(
         max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         repetition_penalty=repetition_penalty, seed=seed,
     )  # fmt: skip
+    params.require_tokens()
     # What is wrong with a file is told before a model is loaded and hours of measuring begin.
     items = None if hellaswag is None else read_items(hellaswag, limit)
     prompts = None if generate_from is None else read_prompts(generate_from, limit)

@@ -88,6 +88,7 @@ def generate_command(
         frequency_penalty=frequency_penalty, logit_bias=parse_logit_bias(logit_bias or ()), seed=seed,
         stop_token_ids=tuple(stop_token_id or ()), ignore_eos=ignore_eos, logprobs=logprobs,
     )  # fmt: skip
+    params.require_tokens()
     beam_params = None if beams is None else BeamParams(
         num_beams=beams, max_tokens=max_tokens, min_tokens=min_tokens, length_penalty=length_penalty,
         early_stopping=early_stopping, stop_token_ids=params.stop_token_ids, ignore_eos=ignore_eos,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from model.controls import Label
 from training.data.compressed import SUFFIXES as COMPRESSED_SUFFIXES
 from training.data.compressed import Meter, open_bytes
 from training.data.labels import row_labels
+from training.data.scratch import append_scratch
 from training.errors import DataError, RecipeError
 
 Documents = Literal["file", "line", "blank-line"]
@@ -254,11 +254,12 @@ def _parquet_rows(
     except ImportError:
         raise RecipeError(f"{origin}: reading parquet needs pyarrow; install quill's extra `parquet`") from None
     before, number = meter.done, 0
-    with tempfile.TemporaryFile() as plain:
+    with tempfile.TemporaryFile(buffering=0) as plain:
         if path.suffix.lower() in COMPRESSED_SUFFIXES:  # parquet is read from its end
-            shutil.copyfileobj(stream, plain)
+            while chunk := stream.read(_CHUNK):
+                append_scratch(plain, chunk, f"what {origin} unpacks to")
         try:
-            with pyarrow.parquet.ParquetFile(plain if plain.tell() else path) as file:
+            with pyarrow.parquet.ParquetFile(io.BufferedReader(plain) if plain.tell() else path) as file:
                 _require_columns(file.schema_arrow.names, options.text_keys, origin)
                 columns = [key for key in options.keys if key in file.schema_arrow.names]
                 start, size = meter.done, path.stat().st_size - (meter.done - before)

@@ -8,8 +8,6 @@ from __future__ import annotations
 import hashlib
 import http.client
 import os
-import shutil
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from urllib.parse import urlparse
 from model.manifest import file_sha256
 from training.data.hub_dataset import is_saved_dataset
 from training.data.readers import KNOWN_SUFFIXES, file_format
+from training.data.scratch import append_scratch
 from training.data.token_split import in_threads
 from training.errors import DataError, RecipeError
 
@@ -151,14 +150,17 @@ def _download(url: str, sha256: str, target: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".part")
     try:
-        with urllib.request.urlopen(url, timeout=_DOWNLOAD_TIMEOUT_SECONDS) as answer, partial.open("wb") as file:
-            shutil.copyfileobj(answer, file, _CHUNK)
+        timeout = _DOWNLOAD_TIMEOUT_SECONDS
+        with urllib.request.urlopen(url, timeout=timeout) as answer, partial.open("wb", buffering=0) as file:
+            while chunk := answer.read(_CHUNK):
+                append_scratch(file, chunk, "the download")
         found = file_sha256(partial)
         if found != sha256:
             raise DataError(f"{url}: sha256 is {found}, not {sha256}; the content has changed or the digest is wrong")
         os.replace(partial, target)
-    # HTTPException and ValueError: addresses that no request can be made of, and answers that break off.
-    except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException, ValueError) as error:
+    # HTTPException and ValueError: addresses that no request can be made of, and answers that break off. OSError: the
+    # network's errors have no class in common.
+    except (OSError, http.client.HTTPException, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise DataError(f"{url}: cannot be downloaded ({reason}); download it elsewhere and pass the file") from None
     finally:

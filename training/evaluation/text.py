@@ -21,6 +21,7 @@ from model.tokenizer import Tokenizer
 from training.data.compressed import Meter
 from training.data.encode import encode_batches, make_batches
 from training.data.readers import Piece, ReadOptions, read_file
+from training.data.scratch import append_scratch
 from training.errors import DataError
 from training.evaluation.progress import OnProgress, silent
 
@@ -61,7 +62,7 @@ def encode_files(
         batches = make_batches((("text", piece) for piece in _pieces(paths, options, meter)), lambda: meter.done)
         for encoded in encode_batches(batches, tokenizer, Path(), workers=1):
             dtype = encoded.tokens.dtype
-            _append(spool, encoded.tokens)
+            append_scratch(spool, encoded.tokens.tobytes(), "the text's tokens")
             num_bytes += encoded.num_bytes
             on_progress("tokenising", meter.done, total)
         # The mapping outlives the file's name and its handle.
@@ -76,14 +77,3 @@ def _pieces(paths: Sequence[Path], options: ReadOptions, meter: Meter) -> Iterat
             yield piece
         if piece is None:
             raise DataError(f"{path}: the file is empty or holds no text; name another")
-
-
-def _append(spool: Any, tokens: npt.NDArray[Any]) -> None:
-    rest = memoryview(tokens.tobytes())
-    try:
-        while rest:
-            rest = rest[spool.write(rest) :]
-    except OSError as error:
-        raise DataError(
-            f"{tempfile.gettempdir()}: cannot hold the text's tokens ({error.strerror}); let TMPDIR name a larger disk"
-        ) from None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model.atomic_folder import replace_file
 from model.beam_search import BeamParams
 from model.errors import TokenizerError
 from model.generate import PromptError, check_prompt
@@ -137,17 +137,12 @@ def check_out(path: Path) -> None:
 
 
 def write_results(path: Path, results: Sequence[Result]) -> None:
-    """A JSON object for each text, a line each, with its prompt; the file appears whole."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            for result in results:
-                for sample in result.samples:
-                    row = {"prompt": result.prompt.text, **sample_values(sample)}
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """A JSON object for each text, a line each, with its prompt; the file appears whole or not at all.
+
+    Raises CheckpointError when the disk refuses.
+    """
+    rows = [{"prompt": result.prompt.text, **sample_values(each)} for result in results for each in result.samples]
+    replace_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
 def _ids(generator: TextGenerator, job: Job, prompt: Prompt) -> list[int]:

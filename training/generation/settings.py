@@ -60,7 +60,9 @@ class Settings:
             return replace(self, stop=parse_stops([text]) if text else ())
         if name not in _KINDS:
             raise RecipeError(f"setting {name!r} is unknown; choose among {', '.join([*_KINDS, 'stop'])}")
-        return replace(self, params=replace(self.params, **{name: _parse(name, text)}))
+        params = replace(self.params, **{name: _parse(name, text)})
+        params.require_tokens()
+        return replace(self, params=params)
 
     def describe(self) -> str:
         values = [f"{name}={getattr(self.params, name)}" for name in _KINDS]

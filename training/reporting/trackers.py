@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from model.file_errors import naming_file
 from training.config import TrainConfig
 from training.errors import RecipeError
 from training.recipe import config_to_tree
@@ -75,15 +76,17 @@ class TensorBoard:
         self._writer: SummaryWriter | None = None
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        if self._writer is None:
-            self._writer = self._writer_class(str(self._folder), purge_step=step)
-        for name, value in scalars.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()  # a killed run resumes behind what it has logged, so nothing may wait in memory
+        with naming_file(self._folder, "written", RecipeError):
+            if self._writer is None:
+                self._writer = self._writer_class(str(self._folder), purge_step=step)
+            for name, value in scalars.items():
+                self._writer.add_scalar(name, value, step)
+            self._writer.flush()  # a killed run resumes behind what it has logged, so nothing may wait in memory
 
     def close(self) -> None:
         if self._writer is not None:
-            self._writer.close()
+            with naming_file(self._folder, "written", RecipeError):
+                self._writer.close()
 
 
 class WeightsAndBiases:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from model.file_errors import naming_file
 from training.errors import RecipeError
 from training.tokenizers.analyze import Analysis
 
@@ -30,7 +31,7 @@ def check_plot_path(path: Path) -> None:
 
 
 def plot_analyses(rows: Sequence[Analysis], path: Path) -> None:
-    """A panel for each measure, a bar for each tokenizer."""
+    """A panel for each measure, a bar for each tokenizer. Raises RecipeError when the disk refuses."""
     from matplotlib.figure import Figure
 
     num_lines = -(-len(_PANELS) // _COLUMNS)
@@ -49,7 +50,8 @@ def plot_analyses(rows: Sequence[Analysis], path: Path) -> None:
         axis.spines[["top", "right", "bottom"]].set_visible(False)
         axis.tick_params(axis="y", length=0, colors=_INK)
     axes.flat[0].invert_yaxis()
-    figure.savefig(path, dpi=150)
+    with naming_file(path, "written", RecipeError):
+        figure.savefig(path, dpi=150)
 
 
 def _label(name: str) -> str:

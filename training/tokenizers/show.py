@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.errors import TokenizerError
+from model.file_errors import naming_file
 from model.tokenizer import Tokenizer
 from model.tokenizer.files import TOKENIZER_FILE
 
@@ -69,7 +70,8 @@ def walk_through(tokenizer: Tokenizer, text: str, *, read_special: bool = True) 
 
     ids = tokenizer.encode_template(text) if read_special else tokenizer.encode(text, add_special=False)
     with tempfile.TemporaryDirectory(prefix="quill-tokenizer-") as folder:
-        tokenizer.save(Path(folder))
+        with naming_file(folder, "written"):
+            tokenizer.save(Path(folder))
         library = tokenizers.Tokenizer.from_file(str(Path(folder) / TOKENIZER_FILE))
     library.no_truncation()
     library.no_padding()
