@@ -29,7 +29,7 @@ async def test_every_path_but_the_probes_needs_a_key(engine: FakeEngine) -> None
     async with client_for(app) as client:
         for path in [*paths, "/", "/openapi.json", "/no-such", "/health/", "/Health", "//health"]:
             for method in ("POST", "OPTIONS") if path == "/" else ("GET", "POST", "OPTIONS"):
-                assert (await client.request(method, path)).status_code == 401, path
+                assert (await client.request(method, f"http://localhost{path}")).status_code == 401, path
         assert (await client.get("/")).headers["content-type"].startswith("text/html")
         for path in ("/health", "/ready"):
             assert (await client.get(path)).status_code == 200
