@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-import msgspec
+from pydantic_core import from_json
 
 from server.admission import served_model, start_generation
 from server.errors import InvalidRequestError
@@ -22,11 +22,6 @@ from server.tokenization import encode_text
 
 # TGI samples a body that has no parameters at all, and is greedy where there are parameters that do not ask to sample.
 _WITHOUT_PARAMETERS = TgiParameters.model_validate({"do_sample": True})
-
-
-class _Keys(msgspec.Struct):
-    inputs: msgspec.Raw = msgspec.Raw()
-    prompt: msgspec.Raw = msgspec.Raw()
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +38,14 @@ class TgiGeneration:
 
 
 def is_tgi_body(raw: bytes) -> bool:
-    """Whether a JSON body is TGI's, which has `inputs` where ours has `prompt` (or `text`, which is not looked for)."""
+    """Whether a JSON body is TGI's, which has `inputs` where ours has `prompt`."""
     if b'"inputs"' not in raw:
         return False
     try:
-        keys = msgspec.json.decode(raw, type=_Keys)
-    except (msgspec.DecodeError, RecursionError):
+        body = from_json(raw)
+    except ValueError:
         return False  # our own routes say what is wrong with it
-    return bool(bytes(keys.inputs)) and not bytes(keys.prompt)
+    return isinstance(body, dict) and "inputs" in body and "prompt" not in body
 
 
 async def admit_tgi(body: TgiRequest, services: Services, *, streamed: bool) -> TgiGeneration:

@@ -18,7 +18,7 @@ from server.schemas.tokenize import DetokenizeRequest, TokenizeRequest
 from server.services import Services
 from server.tgi_errors import in_tgi_shape
 from server.tgi_request import is_tgi_body
-from server.tokenization import encode_text, token_text
+from server.tokenization import encode_text, place_tokens, token_text
 
 router = APIRouter()
 
@@ -37,15 +37,6 @@ class Text(msgspec.Struct):
 
     text: str
     prompt: str
-
-
-class PlacedToken(msgspec.Struct):
-    """A token in TGI's shape: its bytes lie between `start` and `stop` of the UTF-8 text."""
-
-    id: int
-    text: str
-    start: int
-    stop: int
 
 
 def _body_of(*schemas: type[TokenizeRequest] | type[DetokenizeRequest] | type[TgiTokenizeRequest]) -> dict[str, Any]:
@@ -97,20 +88,5 @@ async def _tokenize_tgi(raw: bytes, services: Services) -> Response:
     body = parse_body(raw, TgiTokenizeRequest)
     tokenizer = _tokenizer(body.model, services)
     ids = await encode_text(body.inputs, "inputs", tokenizer)
-    tokens = await off_loop(len(ids), lambda: _place(body.inputs.encode(), ids, tokenizer))
+    tokens = await off_loop(len(ids), lambda: place_tokens(body.inputs.encode(), ids, tokenizer))
     return Response(msgspec.json.encode(tokens), media_type="application/json")
-
-
-def _place(text: bytes, ids: list[int], tokenizer: Tokenizer) -> list[PlacedToken]:
-    """Where each token lies in the text. A special token that was added lies nowhere; under a tokenizer that
-    changes the text none has a place, and like TGI we then give ids alone."""
-    special = set(tokenizer.special_tokens.values())
-    pieces = [b"" if token_id in special else tokenizer.token_bytes(token_id) for token_id in ids]
-    if b"".join(pieces) != text:
-        return [PlacedToken(token_id, "", 0, 0) for token_id in ids]
-    tokens, start = [], 0
-    for token_id, piece in zip(ids, pieces, strict=True):
-        stop = start + len(piece)
-        tokens.append(PlacedToken(token_id, piece.decode("utf-8", "replace"), start, stop))
-        start = stop
-    return tokens
