@@ -114,10 +114,12 @@ def stream_generate(
     `params.stop_token_ids`, with "length" at max_tokens or when prompt and output fill the context.
     Ids from `valid_vocab_size` on are never sampled. Without `use_cache` every step recomputes the whole sequence.
 
-    Raises PromptError for a prompt that is empty, fills the context or has an id outside the vocabulary.
+    Raises PromptError for a prompt that is empty, fills the context or has an id outside the vocabulary,
+    InvalidSamplingParamsError for max_tokens 0.
     """
     config = model.config
     check_prompt(prompt_token_ids, config)
+    params.require_tokens()
     eos = config.eos_token_ids if eos_token_ids is None else tuple(eos_token_ids)
     sampler = Sampler(config.vocab_size, valid_vocab_size=valid_vocab_size, eos_token_ids=eos, device=model.device)
     return _tokens(model, list(prompt_token_ids), params, sampler, use_cache)

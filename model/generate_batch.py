@@ -60,7 +60,8 @@ class BatchGenerator:
     `prompts[i]` is continued by `params[i]`; ends, limits and refusals are those of `model.generate`. At most
     `max_rows` sequences run at a time, each with room in the cache for the longest.
 
-    Raises PromptError for a prompt that `generate` would refuse, InvalidSamplingParamsError as the sampler does.
+    Raises PromptError for a prompt that `generate` would refuse, InvalidSamplingParamsError as it and the
+    sampler do.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class BatchGenerator:
         sequences = []
         for index, (prompt, row_params) in enumerate(zip(prompts, params, strict=True)):
             check_prompt(prompt, config)
+            row_params.require_tokens()
             limit = min(row_params.max_tokens, config.max_seq_len - len(prompt))
             ends = frozenset(end_ids(row_params, eos))
             sequences.append(_Sequence(index, list(prompt), row_params, limit, ends))

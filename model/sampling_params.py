@@ -17,8 +17,9 @@ class SamplingParams:
 
     Filters apply in this order: logit_bias, penalties, temperature, top_k, top_p, min_p.
     `temperature == 0` means greedy; `top_k == 0`, `top_p == 1` and `min_p == 0` mean off.
-    `max_tokens` counts generated tokens. `logprobs` asks for that many alternatives per generated token,
-    taken from the raw model distribution (None: no log-probabilities at all).
+    `max_tokens` counts generated tokens; 0 is for the engine, which may be asked to score a prompt and no more.
+    `logprobs` asks for that many alternatives per generated token, taken from the raw model distribution (None: no
+    log-probabilities at all).
 
     Raises InvalidSamplingParamsError, naming the field, for a value out of its bounds.
     """
@@ -39,7 +40,7 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        _require(self.max_tokens >= 1, "max_tokens", "must be at least 1")
+        _require(self.max_tokens >= 0, "max_tokens", "must not be negative")
         _require(0 <= self.min_tokens <= self.max_tokens, "min_tokens", "must lie between 0 and max_tokens")
         _require_range("temperature", self.temperature, 0.0, 2.0)
         _require(self.top_k >= 0, "top_k", "must be 0 (off) or positive")
@@ -53,6 +54,10 @@ class SamplingParams:
         _require(0 <= self.seed <= MAX_SEED, "seed", f"must lie between 0 and {MAX_SEED}")
         if self.logprobs is not None:
             _require(0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", f"must lie between 0 and {MAX_LOGPROBS}")
+
+    def require_tokens(self) -> None:
+        """Raises InvalidSamplingParamsError if no token is asked for."""
+        _require(self.max_tokens >= 1, "max_tokens", "must be at least 1")
 
     @property
     def is_greedy(self) -> bool:

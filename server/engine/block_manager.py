@@ -15,6 +15,7 @@ from server.engine.sequence import Sequence
 
 _ROOT_HASH = b""
 _NEVER = sys.maxsize
+_NO_EPOCH = -1
 
 
 class BlockConfigError(QuillError):
@@ -154,7 +155,7 @@ class BlockManager:
     def look_ahead(self, seq: Sequence, in_progress: set[bytes]) -> tuple[int, int]:
         """How many leading tokens the cache serves now, and how many right after them others are computing."""
         start = len(self._match(seq))
-        num_full = (seq.num_tokens - 1) // self.block_size
+        num_full = seq.num_reusable_tokens // self.block_size
         end = start
         while end < num_full and seq.block_contents[end].hash in in_progress:
             end += 1
@@ -205,11 +206,10 @@ class BlockManager:
             contents.append(BlockContent(parent, tuple(seq.token_ids[start : start + size])))
 
     def _match(self, seq: Sequence) -> list[int]:
-        """The cached blocks that hold a prefix of the sequence. One token at least is left to compute, for the
-        model has to run to give logits."""
+        """The cached blocks that hold a prefix of the sequence, as far as it may be reused."""
         if not self.prefix_caching:
             return []
-        num_full = (seq.num_tokens - 1) // self.block_size
+        num_full = seq.num_reusable_tokens // self.block_size
         self._describe(seq, num_full)
         matched: list[int] = []
         parent: BlockContent | None = None
@@ -232,10 +232,11 @@ class BlockManager:
         seq.num_computed_tokens = num_matched * self.block_size
         seq.num_cached_blocks = num_matched
         seq.next_cache_boundary = (num_matched + 1) * self.block_size if self.prefix_caching else _NEVER
-        seq.cache_epoch = self._epoch
+        # Texts that are only scored come once: their blocks would push out what others use again.
+        seq.cache_epoch = _NO_EPOCH if seq.score_only else self._epoch
         if not seq.num_preemptions:
             seq.cached_tokens = seq.num_computed_tokens
-            self.prefix_cache_queries += seq.num_prompt_tokens
+            self.prefix_cache_queries += seq.num_prompt_tokens if seq.prompt_score is None else seq.num_reusable_tokens
             self.prefix_cache_hits += seq.cached_tokens
 
     def _register(self, seq: Sequence, index: int) -> None:

@@ -31,6 +31,7 @@ from server.engine.messages import (
     SequenceOutput,
     Shutdown,
     StepOutput,
+    TokenLogprobs,
 )
 
 _encoder = msgspec.msgpack.Encoder()
@@ -96,10 +97,16 @@ class EngineStream:
 
 
 def _merge(first: SequenceOutput, second: SequenceOutput) -> SequenceOutput:
-    logprobs = None
-    if first.logprobs is not None or second.logprobs is not None:
-        logprobs = [*(first.logprobs or ()), *(second.logprobs or ())]
-    return msgspec.structs.replace(second, token_ids=[*first.token_ids, *second.token_ids], logprobs=logprobs)
+    return msgspec.structs.replace(
+        second,
+        token_ids=[*first.token_ids, *second.token_ids],
+        logprobs=_join(first.logprobs, second.logprobs),
+        prompt_logprobs=_join(first.prompt_logprobs, second.prompt_logprobs),
+    )
+
+
+def _join(first: list[TokenLogprobs] | None, second: list[TokenLogprobs] | None) -> list[TokenLogprobs] | None:
+    return second if first is None else [*first, *(second or ())]
 
 
 class AsyncEngine(asyncio.Protocol):
@@ -171,7 +178,13 @@ class AsyncEngine(asyncio.Protocol):
             raise EngineUnavailableError(self._fault or "the engine is down", _LOADING_RETRY_SECONDS)
 
     def submit(
-        self, prompt_token_ids: list[int], params: SamplingParams, deadline: float | None = None
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        deadline: float | None = None,
+        *,
+        prompt_logprobs: int | None = None,
+        prompt_logprobs_start: int = 1,
     ) -> EngineStream:
         self.check_admission(1)
         if not self._num_queued(1):
@@ -183,7 +196,10 @@ class AsyncEngine(asyncio.Protocol):
         self._next_id += 1
         stream = EngineStream(self, request_id)
         self._streams[request_id] = stream
-        self._send(_encoder.encode(AddRequest(request_id, prompt_token_ids, params, now, deadline)))
+        request = AddRequest(
+            request_id, prompt_token_ids, params, now, deadline, prompt_logprobs, prompt_logprobs_start
+        )
+        self._send(_encoder.encode(request))
         return stream
 
     def check_admission(self, num_sequences: int) -> None:

@@ -83,11 +83,22 @@ class EngineClient(Protocol):
         ...
 
     def submit(
-        self, prompt_token_ids: list[int], params: SamplingParams, deadline: float | None = None
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        deadline: float | None = None,
+        *,
+        prompt_logprobs: int | None = None,
+        prompt_logprobs_start: int = 1,
     ) -> RequestStream:
         """Hand a request to the engine; never waits. The prompt must fit the context together with max_tokens.
 
-        `deadline` is monotonic seconds. Raises EngineUnavailableError or QueueFullError.
+        `deadline` is monotonic seconds. `prompt_logprobs` asks for the log-probabilities of the prompt's tokens from
+        `prompt_logprobs_start` on (the first token has none), each with that many alternatives. They come in the
+        outputs' `prompt_logprobs`. With `max_tokens` 0 nothing is generated: the prompt may then have one token more
+        than the context, and the last output has no token and finish_reason "length".
+
+        Raises EngineUnavailableError or QueueFullError.
         """
         ...
 

@@ -70,6 +70,8 @@ class LLMEngine:
                 self.scheduler.max_model_len,
                 request.arrival_time,
                 request.deadline,
+                request.prompt_logprobs,
+                request.prompt_logprobs_start,
             )
         )
 
@@ -119,7 +121,7 @@ class LLMEngine:
         sampled = (seq.request_id for seq, wanted in zip(batch.sequences, batch.needs_sample, strict=True) if wanted)
         logprobs = dict(zip(sampled, result.logprobs, strict=True))
         return [
-            _output(seq, tokens, finished, logprobs.get(seq.request_id))
+            _output(seq, tokens, finished, logprobs.get(seq.request_id), result.prompt_logprobs.get(seq.request_id))
             for seq, tokens, finished in self.scheduler.update(batch, list(result.token_ids))
         ]
 
@@ -157,7 +159,11 @@ class LLMEngine:
 
 
 def _output(
-    seq: Sequence, token_ids: list[int], finished: bool, logprobs: list[TokenLogprobs] | None
+    seq: Sequence,
+    token_ids: list[int],
+    finished: bool,
+    logprobs: list[TokenLogprobs] | None = None,
+    prompt_logprobs: list[TokenLogprobs] | None = None,
 ) -> SequenceOutput:
     return SequenceOutput(
         request_id=seq.request_id,
@@ -167,11 +173,12 @@ def _output(
         cached_tokens=seq.cached_tokens,
         logprobs=logprobs,
         timings=_timings(seq) if finished else None,
+        prompt_logprobs=prompt_logprobs,
     )
 
 
 def _finished_output(seq: Sequence) -> SequenceOutput:
-    return _output(seq, [], True, None)
+    return _output(seq, [], True)
 
 
 def _timings(seq: Sequence) -> RequestTimings:

@@ -17,11 +17,15 @@ YES, NO, UNCHECKED = "yes", "no", "unchecked"
 
 
 class AddRequest(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """`prompt_logprobs` and its start are those of `server.engine.sequence.Sequence`."""
+
     request_id: int
     prompt_token_ids: list[int]
     params: SamplingParams
     arrival_time: float
     deadline: float | None = None
+    prompt_logprobs: int | None = None
+    prompt_logprobs_start: int = 1
 
 
 class AbortRequests(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -33,7 +37,8 @@ class Shutdown(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Raw-distribution log-probability of one generated token and its best alternatives, best first."""
+    """Raw-distribution log-probability of one token, generated or of the prompt, and the best ones in its place, best
+    first."""
 
     token_id: int
     logprob: float
@@ -55,6 +60,8 @@ class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
 
     A stop token or EOS that ended the sequence is among `token_ids`; `stop_token_id` names it
     when it came from `stop_token_ids` and is None for EOS. A classifier gives `scores`, the labels' probabilities.
+    `prompt_logprobs` are those of the prompt's next tokens: they arrive in order, over several outputs that may have
+    no token, and all before the first generated token or with it.
     """
 
     request_id: int
@@ -65,6 +72,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
     logprobs: list[TokenLogprobs] | None = None
     timings: RequestTimings | None = None
     scores: list[float] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from model.tokenizer import Tokenizer
 from server.engine.config import EngineConfig
 from server.engine.cuda_graph import CUDAGraphRunner
 from server.engine.messages import TokenLogprobs
+from server.engine.prompt_scoring import PromptScorer
 from server.engine.scheduler import ScheduledBatch
 from server.engine.sequence import Sequence
 from server.engine.sizing import device_name, resolve_device, resolve_dtype, resolve_limits, resolve_threads
@@ -26,10 +27,12 @@ from server.engine.step_inputs import InputBuilder, StepInputs
 
 @dataclass(frozen=True, slots=True)
 class RunOutput:
-    """One entry per row of the batch that needed a sample, in order."""
+    """One entry per row of the batch that needed a sample, in order; `prompt_logprobs` by request id, of the sequences
+    whose prompts were scored in part."""
 
     token_ids: list[int]
     logprobs: list[list[TokenLogprobs] | None]
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
 
 
 class ModelRunner:
@@ -73,6 +76,7 @@ class ModelRunner:
         )
         max_blocks = -(-self.limits.max_model_len // self.limits.block_size)
         self._inputs = InputBuilder(self.limits.max_num_seqs, max_blocks, self.limits.block_size, self.device)
+        self._scorer = PromptScorer(self.model_config.vocab_size, self.device)
         self._sampling: SamplingBatch | None = None
         self._sampling_key: list[int] = []
         self._graphs = CUDAGraphRunner.create(self) if config.cuda_graphs else None
@@ -83,31 +87,40 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch) -> RunOutput:
-        """Compute the batch's tokens, writing their KV, and sample where a row reaches its sequence's end."""
+        """Compute the batch's tokens, writing their KV; score prompts where that is asked for, and sample where a row
+        reaches its sequence's end."""
         inputs = self._inputs.build(batch)
-        logits = self._logits(batch, inputs)
+        logits, scored = self._compute(batch, inputs)
         if logits is None:
-            return RunOutput([], [])
+            return RunOutput([], [], scored)
         sampled = [seq for seq, wanted in zip(batch.sequences, batch.needs_sample, strict=True) if wanted]
         sampling = self._sampling_batch(sampled)
         output = self.sampler.sample(logits, sampling, inputs.sample_positions)
         sampling.record(output.token_ids)
-        return RunOutput(output.token_ids.tolist(), _logprobs(sampled, output.token_ids, output.logprobs))
+        return RunOutput(output.token_ids.tolist(), _logprobs(sampled, output.token_ids, output.logprobs), scored)
 
     @torch.inference_mode()
     def compute_logits(self, batch: ScheduledBatch) -> torch.Tensor | None:
         """What `run` would sample from: logits [samples, V] that the next step may overwrite, or None without any."""
-        return self._logits(batch, self._inputs.build(batch))
+        return self._compute(batch, self._inputs.build(batch))[0]
 
-    def _logits(self, batch: ScheduledBatch, inputs: StepInputs) -> torch.Tensor | None:
-        """Logits [samples, V] of the rows that are to be sampled, or None if there are none."""
+    def _compute(
+        self, batch: ScheduledBatch, inputs: StepInputs
+    ) -> tuple[torch.Tensor | None, dict[int, list[TokenLogprobs]]]:
+        """Logits [samples, V] of the rows that are to be sampled, or None if there are none; and, by request id, the
+        log-probabilities of the prompts' tokens that are scored."""
         if self._graphs is not None and self._graphs.can_replay(batch):
-            return self._graphs.replay(inputs)
-        hidden = self.hidden_states(inputs)
-        return self.logits(hidden) if len(hidden) else None
+            return self._graphs.replay(inputs), {}
+        hidden, score = self.hidden_states(inputs), inputs.score
+        scored: dict[int, list[TokenLogprobs]] = {}
+        if score is not None:
+            # Before the samples' logits are made, which the next call may overwrite.
+            scored = self._scorer.score(batch, self.logits, hidden.index_select(0, score.scored), score.targets)
+            hidden = hidden.index_select(0, score.sampled)
+        return self.logits(hidden) if len(hidden) else None, scored
 
     def hidden_states(self, inputs: StepInputs) -> torch.Tensor:
-        """Run a step, writing its KV; the hidden states [samples, D] of `inputs.sample_rows`."""
+        """Run a step, writing its KV; the hidden states [rows, D] of `inputs.sample_rows`."""
         return self.forward(inputs).index_select(0, inputs.sample_rows)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -31,7 +31,8 @@ class ScheduledBatch:
     `num_computed_tokens`, and its block table has room for them.
 
     The first `num_decodes` rows are decodes: exactly one token, past the prompt. `needs_sample[i]` says that the
-    row reaches the end of its sequence's tokens, so that a next token is to be drawn.
+    row reaches the end of its sequence's tokens, so that a next token is to be drawn. Of a sequence with a
+    `prompt_score`, its `rows` of the row's tokens are to be scored.
     `expired` are sequences that ended because their deadline passed; they are in no later batch or update.
     """
 
@@ -55,7 +56,7 @@ class Scheduler:
     """Queues and limits. `max_num_seqs` bounds the running sequences, `max_num_batched_tokens` a step's tokens.
 
     Counters from the start: `num_steps`, `num_preemptions`, `prompt_tokens` (of prompts that gave a first
-    token) and `generation_tokens`.
+    token or were scored) and `generation_tokens`.
 
     Raises SchedulerConfigError if the pool cannot hold one sequence of `max_model_len`, or if the budget is below
     `max_num_seqs`: decodes could then fill it step after step, and a prompt would never get its turn.
@@ -153,7 +154,8 @@ class Scheduler:
         """Take in a step's result: `sampled` holds, in order, one token id for each row with `needs_sample`, or None
         where drawing it failed, which ends that sequence with finish_reason "error".
 
-        Returns the sequences that got a token or ended. Rows aborted since `schedule` are passed over.
+        Returns the sequences that got a token, that were scored in part or that ended. Rows aborted since `schedule`
+        are passed over.
         """
         assert len(sampled) == batch.num_samples, "one entry of sampled per row that needs a sample"
         now = self._clock()
@@ -166,12 +168,19 @@ class Scheduler:
             token_id = next(tokens) if needs_sample else None
             if seq.status is not running:
                 continue
+            scored = seq.prompt_score is not None and seq.prompt_score.take(seq.num_computed_tokens, count)
             seq.num_computed_tokens += count
             seq.num_scheduled_tokens = 0
             if seq.num_computed_tokens >= seq.next_cache_boundary:
                 self.block_manager.mark_computed(seq)
             if needs_sample:
                 results.append(self._take_token(seq, token_id, now))
+            elif seq.score_only and seq.num_computed_tokens == len(seq.token_ids):
+                self.prompt_tokens += seq.num_prompt_tokens
+                self._finish(seq, "length", now)
+                results.append((seq, [], True))
+            elif scored:
+                results.append((seq, [], False))
         return results
 
     def _schedule_running(self, decodes: list[Sequence], prefills: list[Sequence]) -> int:
@@ -301,7 +310,10 @@ def _schedule_prefill(seq: Sequence, budget: int) -> int:
 
 def _make_batch(decodes: list[Sequence], prefills: list[Sequence], expired: list[Sequence]) -> ScheduledBatch:
     counts = [1] * len(decodes) + [seq.num_scheduled_tokens for seq in prefills]
-    ends = [seq.num_computed_tokens + seq.num_scheduled_tokens == len(seq.token_ids) for seq in prefills]
+    ends = [
+        seq.num_computed_tokens + seq.num_scheduled_tokens == len(seq.token_ids) and not seq.score_only
+        for seq in prefills
+    ]
     return ScheduledBatch(
         sequences=decodes + prefills,
         num_scheduled_tokens=counts,

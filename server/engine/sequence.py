@@ -6,7 +6,7 @@ import enum
 from typing import TYPE_CHECKING, Literal
 
 from model.errors import QuillError
-from model.sampling_params import SamplingParams
+from model.sampling_params import MAX_LOGPROBS, SamplingParams
 
 if TYPE_CHECKING:
     from server.engine.block_manager import BlockContent
@@ -16,6 +16,36 @@ FinishReason = Literal["stop", "length", "deadline", "abort", "error"]
 
 class InvalidSequenceError(QuillError):
     """A sequence that the engine cannot run; its one sentence names the field."""
+
+
+class PromptScore:
+    """Which log-probabilities of a prompt are still to be computed.
+
+    The model's output after the prompt's token p (row p) tells that of `targets[p]`, the token behind it. `next_row`
+    only grows: what has been computed is not asked for again after a preemption. `num_top` is how many alternatives
+    are wanted for each token.
+    """
+
+    __slots__ = ("next_row", "num_top", "targets")
+
+    def __init__(self, prompt_token_ids: list[int], num_top: int, first_token: int) -> None:
+        self.targets = prompt_token_ids[1:]
+        self.num_top = num_top
+        self.next_row = first_token - 1
+
+    @property
+    def is_complete(self) -> bool:
+        return self.next_row >= len(self.targets)
+
+    def rows(self, start: int, count: int) -> range:
+        """Those of the rows [start, start + count) that are wanted."""
+        return range(max(start, self.next_row), min(start + count, len(self.targets)))
+
+    def take(self, start: int, count: int) -> bool:
+        """Count these rows as computed; whether any of them was wanted."""
+        rows = self.rows(start, count)
+        self.next_row = max(self.next_row, rows.stop)
+        return bool(rows)
 
 
 class SequenceStatus(enum.Enum):
@@ -33,14 +63,19 @@ class Sequence:
     `cached_tokens` counts prompt tokens that the prefix cache served when the sequence was first admitted.
     `deadline` and the timings are seconds on the scheduler's clock; a timing is 0.0 until it is known.
 
-    Raises InvalidSequenceError if the prompt is empty or leaves no room for a token in `max_model_len`.
+    `prompt_logprobs` asks for the log-probabilities of the prompt's tokens from `prompt_logprobs_start` on, each with
+    that many alternatives. With `max_tokens` 0 nothing else is wanted: the prompt's last token is then only predicted,
+    not computed, and is not among `token_ids`.
+
+    Raises InvalidSequenceError if the prompt is empty, leaves no room for a token in `max_model_len`, or for numbers
+    out of their bounds.
     """
 
     __slots__ = (
         "arrival_time", "block_contents", "block_table", "cache_epoch", "cached_tokens", "deadline", "eos_token_ids",
         "finish_reason", "finished", "first_scheduled", "first_token", "max_num_tokens", "next_cache_boundary",
         "num_cached_blocks", "num_computed_tokens", "num_preemptions", "num_prompt_tokens", "num_scheduled_tokens",
-        "params", "request_id", "status", "stop_ids", "stop_token_id", "token_ids",
+        "params", "prompt_score", "request_id", "score_only", "status", "stop_ids", "stop_token_id", "token_ids",
     )  # fmt: skip
 
     def __init__(
@@ -52,20 +87,25 @@ class Sequence:
         max_model_len: int,
         arrival_time: float,
         deadline: float | None = None,
+        prompt_logprobs: int | None = None,
+        prompt_logprobs_start: int = 1,
     ) -> None:
-        if not prompt_token_ids:
-            raise InvalidSequenceError("prompt must hold at least one token")
-        if len(prompt_token_ids) >= max_model_len:
-            raise InvalidSequenceError(
-                f"prompt has {len(prompt_token_ids)} tokens, which leaves no room in the context of {max_model_len}:"
-                " shorten it"
-            )
+        self.score_only = params.max_tokens == 0
+        self.prompt_score: PromptScore | None = None
+        if prompt_logprobs is not None:
+            _check_prompt_logprobs(prompt_logprobs, prompt_logprobs_start)
+            self.prompt_score = PromptScore(prompt_token_ids, prompt_logprobs, prompt_logprobs_start)
+        elif self.score_only:
+            raise InvalidSequenceError("max_tokens must be at least 1 where no prompt_logprobs are asked for")
+        _check_length(len(prompt_token_ids), max_model_len, score_only=self.score_only)
         self.request_id = request_id
         self.token_ids = list(prompt_token_ids)
+        if self.score_only and len(prompt_token_ids) > 1:
+            self.token_ids.pop()
         self.params = params
         self.arrival_time = arrival_time
         self.deadline = deadline
-        self.num_prompt_tokens = len(prompt_token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
         # Both length limits in one number, so that a step compares once.
         self.max_num_tokens = min(self.num_prompt_tokens + params.max_tokens, max_model_len)
         self.eos_token_ids = frozenset(() if params.ignore_eos else eos_token_ids)
@@ -102,6 +142,13 @@ class Sequence:
         return self.token_ids[self.num_prompt_tokens :]
 
     @property
+    def num_reusable_tokens(self) -> int:
+        """How many leading tokens others may have computed: one at least is left for the model to give logits of,
+        and so is every row whose log-probabilities are wanted."""
+        rest, score = len(self.token_ids) - 1, self.prompt_score
+        return rest if score is None or score.is_complete else min(rest, score.next_row)
+
+    @property
     def is_finished(self) -> bool:
         return self.status is SequenceStatus.FINISHED
 
@@ -121,3 +168,23 @@ class Sequence:
             f"Sequence({self.request_id}, {self.status.value}, prompt={self.num_prompt_tokens},"
             f" tokens={self.num_tokens}, computed={self.num_computed_tokens})"
         )
+
+
+def _check_prompt_logprobs(num_top: int, start: int) -> None:
+    if not 0 <= num_top <= MAX_LOGPROBS:
+        raise InvalidSequenceError(f"prompt_logprobs must lie between 0 and {MAX_LOGPROBS}")
+    if start < 1:
+        raise InvalidSequenceError("prompt_logprobs_start must be at least 1: nothing tells of the first token")
+
+
+def _check_length(prompt_length: int, max_model_len: int, *, score_only: bool) -> None:
+    if not prompt_length:
+        raise InvalidSequenceError("prompt must hold at least one token")
+    if prompt_length <= max_model_len - 1 + 2 * score_only:
+        return
+    problem = (
+        f"does not fit the context of {max_model_len} and one more"
+        if score_only
+        else (f"leaves no room in the context of {max_model_len}")
+    )
+    raise InvalidSequenceError(f"prompt has {prompt_length} tokens, which {problem}: shorten it")

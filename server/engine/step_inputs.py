@@ -17,15 +17,27 @@ from server.engine.transfer import HostToDevice
 
 
 @dataclass(frozen=True, slots=True)
+class ScoreInputs:
+    """Of a step that scores prompts: which of its wanted rows are to be sampled (`sampled` [samples]), which give
+    log-probabilities (`scored` [scored]) and of which tokens (`targets` [scored])."""
+
+    sampled: Tensor
+    scored: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class StepInputs:
-    """input_ids and positions are [N]; sample_rows [samples] are the rows whose next token is wanted, and
-    sample_positions [samples] how many tokens their sequences have generated so far."""
+    """input_ids and positions are [N]. sample_rows [rows], ascending, are the rows whose logits are wanted: those
+    whose next token is to be drawn, and with `score` those of prompts that are scored. sample_positions [samples] is
+    how many tokens the sequences that get a token have generated so far."""
 
     input_ids: Tensor
     positions: Tensor
     sample_rows: Tensor
     sample_positions: Tensor
     metadata: AttentionMetadata
+    score: ScoreInputs | None = None
 
 
 class InputBuilder:
@@ -53,8 +65,14 @@ class InputBuilder:
         positions_array = np.array(positions + [0] * padding, dtype=np.int64)
         tables = self._block_tables(sequences)
         sample_rows = ends[1:][np.array(batch.needs_sample, dtype=bool)] - 1
+        scored, targets = _scored_rows(batch, ends)
+        score_arrays: tuple[np.ndarray, ...] = ()
+        if len(scored):
+            wanted = np.sort(np.concatenate([sample_rows, scored]))
+            score_arrays = np.searchsorted(wanted, sample_rows), np.searchsorted(wanted, scored), targets
+            sample_rows = wanted
         generated = [seq.num_output_tokens for seq, wanted in zip(sequences, batch.needs_sample, strict=True) if wanted]
-        arrays = (
+        arrays = [
             np.array(tokens + [0] * padding, dtype=np.int64),
             positions_array,
             self._slots(positions_array, counts, tables, padding),
@@ -63,8 +81,11 @@ class InputBuilder:
             ends,
             np.array(context_lens, dtype=np.int32),
             tables,
+            *score_arrays,
+        ]
+        input_ids, token_positions, slots, rows, sample_positions, cu_seqlens_q, lens, block_tables, *score = (
+            self._send(arrays)
         )
-        input_ids, token_positions, slots, rows, sample_positions, cu_seqlens_q, lens, block_tables = self._send(arrays)
         metadata = AttentionMetadata(
             cu_seqlens_q=cu_seqlens_q,
             context_lens=lens,
@@ -74,7 +95,9 @@ class InputBuilder:
             max_query_len=max(counts),
             max_context_len=max(context_lens),
         )
-        return StepInputs(input_ids, token_positions, rows, sample_positions, metadata)
+        return StepInputs(
+            input_ids, token_positions, rows, sample_positions, metadata, ScoreInputs(*score) if score else None
+        )
 
     def _slots(self, positions: np.ndarray, counts: List[int], tables: np.ndarray, padding: int) -> np.ndarray:
         """The cache slot of each token, -1 for padding."""
@@ -103,3 +126,18 @@ class InputBuilder:
         if self._transfer is None:
             return [torch.from_numpy(array) for array in arrays]
         return self._transfer.send(arrays)
+
+
+def _scored_rows(batch: ScheduledBatch, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The step's rows [scored] to score, sequence by sequence, and the token [scored] that each is to tell of."""
+    rows: list[int] = []
+    targets: list[int] = []
+    for index in range(batch.num_decodes, len(batch.sequences)):
+        seq = batch.sequences[index]
+        if seq.prompt_score is None:
+            continue
+        wanted = seq.prompt_score.rows(seq.num_computed_tokens, batch.num_scheduled_tokens[index])
+        offset = int(ends[index]) - seq.num_computed_tokens
+        rows += range(wanted.start + offset, wanted.stop + offset)
+        targets += seq.prompt_score.targets[wanted.start : wanted.stop]
+    return np.array(rows, dtype=np.int64), np.array(targets, dtype=np.int64)
