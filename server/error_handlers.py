@@ -79,27 +79,30 @@ def from_validation_error(error: ValidationError, schema: type[BaseModel]) -> In
         return InvalidRequestError("the body must be valid JSON in UTF-8", code="invalid_json")
     if not location:
         return InvalidRequestError("the body must be a JSON object")
-    schema, location = _innermost(schema, location)
-    name = str(location[0])
+    schema, name, item = _innermost(schema, location)
     field = schema.model_fields.get(name)
     if field is None:
         return InvalidRequestError(_unknown_field(name, schema), code="unknown_field")
     if kind == "missing":
-        return InvalidRequestError(f"{name} is required", param=name)
-    return InvalidRequestError(f"{name} must be {field.description}", param=name)
+        return InvalidRequestError(f"{item}{name} is required", param=item + name)
+    return InvalidRequestError(f"{item}{name} must be {field.description}", param=item + name)
 
 
-def _innermost(
-    schema: type[BaseModel], location: tuple[int | str, ...]
-) -> tuple[type[BaseModel], tuple[int | str, ...]]:
-    """Step into a body's objects that have schemas of their own, as far as the fault's location leads."""
+def _innermost(schema: type[BaseModel], location: tuple[int | str, ...]) -> tuple[type[BaseModel], str, str]:
+    """Step into a body's objects that have schemas of their own, as far as the fault's location leads.
+
+    Returns the last schema, the name in it, and `list[index].` where the object is an item of a list.
+    """
+    item = ""
     while len(location) > 1 and (field := schema.model_fields.get(str(location[0]))) is not None:
         kinds = (field.annotation, *get_args(field.annotation))
         inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
-        if inner is None:
+        in_list = isinstance(location[1], int)
+        if inner is None or (in_list and len(location) == 2):
             break
-        schema, location = inner, location[1:]
-    return schema, location
+        item = f"{location[0]}[{location[1]}]." if in_list else ""
+        schema, location = inner, location[2 if in_list else 1 :]
+    return schema, str(location[0]), item
 
 
 def _unknown_field(name: str, schema: type[BaseModel]) -> str:

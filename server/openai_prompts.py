@@ -70,16 +70,17 @@ async def _conversation_ids(body: ChatCompletionRequest, template: ChatTemplate,
     return await off_loop(size, lambda: _encode_conversation(body, messages, template, model))
 
 
-def _plain_message(index: int, message: Message) -> dict[str, str]:
+def _plain_message(index: int, given: Message) -> dict[str, str]:
     """What a template of a text model reads. OpenAI calls the system's role `developer` since its reasoning models."""
-    extra = message.model_extra or {}
+    extra = given.model_extra or {}
     if extra.get("tool_calls") or extra.get("function_call"):
-        raise InvalidRequestError(f"messages[{index}] has tool calls, which this model does not know", param="messages")
-    if message.text is None:
-        raise InvalidRequestError(f"messages[{index}] needs a content", param="messages")
-    role = "system" if message.role == "developer" else message.role
-    named = {} if message.name is None else {"name": message.name}
-    return {"role": role, "content": message.text, **named}
+        message = f"messages[{index}] has tool calls, which are not supported here"
+        raise InvalidRequestError(message, param=f"messages[{index}]")
+    if given.text is None:
+        raise InvalidRequestError(f"messages[{index}].content is required", param=f"messages[{index}].content")
+    role = "system" if given.role == "developer" else given.role
+    named = {} if given.name is None else {"name": given.name}
+    return {"role": role, "content": given.text, **named}
 
 
 def _encode_conversation(

@@ -50,7 +50,7 @@ _UNSUPPORTED: Unsupported = {
 class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True)
 
-    include_usage: bool | None = False
+    include_usage: bool | None = Field(default=False, description="true or false")
 
 
 class OpenAIFields(SamplingFields):
@@ -117,9 +117,15 @@ class TextPart(BaseModel):
 class Message(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="allow")
 
-    role: Annotated[str, Field(min_length=1, max_length=MAX_ROLE_LENGTH)]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
-    name: Annotated[str, Field(max_length=MAX_ROLE_LENGTH)] | None = None
+    role: str = Field(
+        min_length=1, max_length=MAX_ROLE_LENGTH, description=f"a string of 1 to {MAX_ROLE_LENGTH} characters"
+    )
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = Field(
+        None, description='a string or a list of text parts, {"type": "text", "text": …}'
+    )
+    name: str | None = Field(
+        None, max_length=MAX_ROLE_LENGTH, description=f"a string of up to {MAX_ROLE_LENGTH} characters"
+    )
 
     @property
     def text(self) -> str | None:
@@ -131,7 +137,7 @@ class Message(BaseModel):
 
 class _Conversation(BaseModel):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] = Field(
-        description=f"a list of 1 to {MAX_MESSAGES} objects, each with a role and a content of text or of text parts"
+        description=f"a list of 1 to {MAX_MESSAGES} objects, each with a role and a content"
     )
     max_tokens: int | None = Field(
         None, ge=1, le=MAX_TOKEN_ID, description="an integer of at least 1, or null for the rest of the context"
