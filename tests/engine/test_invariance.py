@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.checkpoint import load_model
 from model.sampling_params import SamplingParams
 from server.engine.client import AsyncEngine
 from server.engine.config import EngineConfig
 from server.engine.llm_engine import LLMEngine
 from server.engine.messages import NO, UNCHECKED, YES, AddRequest
+from tests.engine.mixed_load import split_sums
 
 
 def make_engine(folder: Path, **changes: object) -> LLMEngine:
@@ -33,19 +33,6 @@ def test_the_engine_passes_and_keeps_no_block(checkpoint: Path, dtype: str) -> N
     stats = engine.stats()
     assert stats.num_free_blocks == stats.num_blocks
     assert stats.num_steps == stats.prompt_tokens == 0
-
-
-def split_sums(engine: LLMEngine, folder: Path) -> None:
-    """Let the engine's logits be summed in as many parts as there are rows: what a library does that splits the inner
-    dimension by the size of the product."""
-    model = load_model(folder)
-    weight = (model.embed_tokens if model.lm_head is None else model.lm_head).weight.detach()
-
-    def logits(hidden: torch.Tensor) -> torch.Tensor:
-        parts = zip(hidden.float().chunk(len(hidden), dim=1), weight.chunk(len(hidden), dim=1), strict=True)
-        return sum((x @ w.T for x, w in parts), torch.zeros(len(hidden), len(weight)))
-
-    engine.runner.logits = logits  # type: ignore[method-assign]
 
 
 def test_sums_that_depend_on_the_number_of_rows_are_noticed(checkpoint: Path) -> None:
