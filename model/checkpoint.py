@@ -71,7 +71,7 @@ def load_model(
     Raises ConfigError or CheckpointError, before memory is taken for weights that do not fit the configuration, and
     HubError for a name that cannot be fetched.
     """
-    folder = resolve_model(folder) if isinstance(folder, str) else folder
+    folder = resolve_model(folder)
     config = load_config(folder)
     state = read_state_dict(folder, config, dtype=dtype, verify=verify)
     with without_weights():

@@ -144,7 +144,7 @@ def _without_padding(ids: list[int], pad_token_id: int | None) -> list[int]:
 
 
 def _start(tokenizer: Tokenizer) -> int:
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    start = tokenizer.start_token_id
     if start is None:
         raise TokenizerError("the text is empty and the tokenizer has no start token; leave empty texts out")
     return start

@@ -52,13 +52,13 @@ class HubName:
 
 
 def resolve_model(name_or_path: str | Path, revision: str | None = None) -> Path:
-    """The folder of a model: an existing folder itself, else the files of that name on the Hub.
+    """The folder of a model: a Path or an existing folder itself, else the files of that name on the Hub.
 
     Files that are in the cache already are not fetched again, and without a connection the cache answers alone.
     The folder's own name is then the commit, which `pinned_name` shows and `name@commit` asks for again.
     Raises HubError for what is neither, or cannot be had, and CheckpointError for a repository without safetensors.
     """
-    if Path(name_or_path).is_dir() and revision is None:
+    if revision is None and (isinstance(name_or_path, Path) or Path(name_or_path).is_dir()):
         return Path(name_or_path)
     name = _checked_name(str(name_or_path), revision)
     if importlib.util.find_spec("huggingface_hub") is None:

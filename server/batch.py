@@ -7,7 +7,6 @@ dies or a disk that refuses ends a batch early, and then the lines without an an
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,12 +18,12 @@ from starlette.types import ASGIApp
 from server.batch_files import ID_PREFIX, AnswerFile, BatchAnswer, BatchError, BatchRequest, BatchResponse
 from server.engine.interface import EngineClient
 from server.in_process import WholeAnswer, post_json
+from server.seeds import derived_seed
 
 # The engine gave up on a request, for want of memory perhaps: with other neighbours it may pass.
 _MAX_ATTEMPTS = 3
 _RETRY_SECONDS = 0.5
 _SEEDED = ("/v1/completions", "/v1/chat/completions", "/generate")
-_SEED_BITS = 53
 
 
 class BatchStoppedError(Exception):
@@ -82,8 +81,7 @@ class Batch:
     def _with_seed(self, request: BatchRequest) -> dict[str, object]:
         if self.seed is None or request.url not in _SEEDED or request.body.get("seed") is not None:
             return request.body
-        digest = hashlib.blake2b(f"{self.seed}:{request.custom_id}".encode(), digest_size=8).digest()
-        return {**request.body, "seed": int.from_bytes(digest, "big") >> (64 - _SEED_BITS)}
+        return {**request.body, "seed": derived_seed(self.seed, str(request.custom_id))}
 
 
 def _refusal(problem: str) -> WholeAnswer:

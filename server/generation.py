@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -17,17 +16,10 @@ from server.errors import ApiError, ClientGoneError, engine_down_error, request_
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
 from server.output import ChoiceDelta, ChoiceOutput, Usage, join_deltas
-from server.prompts import SEED_BITS, Prompt
+from server.prompts import Prompt
+from server.seeds import choice_seed
 
 Emit = Callable[[ChoiceDelta], Awaitable[None]]
-
-
-def choice_seed(seed: int, index: int) -> int:
-    """Choice 0 draws with the request's own seed, the others with seeds hashed from it and their index."""
-    if index == 0:
-        return seed
-    digest = hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> (64 - SEED_BITS)
 
 
 class Generation:
@@ -64,7 +56,11 @@ class Generation:
         try:
             for prompt, seed in zip(self._prompt_of, self.seeds, strict=True):
                 params = replace(prompt.params, seed=seed)
-                self._streams.append(self._engine.submit(prompt.token_ids, params, prompt.deadline))
+                self._streams.append(
+                    self._engine.submit(
+                        prompt.token_ids, params, prompt.deadline, prompt_logprobs=prompt.prompt_logprobs
+                    )
+                )
         except BaseException:
             self.close()
             raise
@@ -161,9 +157,10 @@ class Generation:
         async for output in self._streams[index]:
             if output.finish_reason == "error":
                 raise EngineRequestError
-            now = time.monotonic()
-            self._metrics.observe_tokens(now - last, len(output.token_ids), first=last == self._arrival)
-            last = now
+            if output.token_ids or output.finish_reason is not None:
+                now = time.monotonic()
+                self._metrics.observe_tokens(now - last, len(output.token_ids), first=last == self._arrival)
+                last = now
             delta = choice.push(output)
             if delta.finish_reason is not None:
                 # Before a slow client is waited for: after a stop string the engine still runs the sequence.

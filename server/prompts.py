@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -17,9 +16,9 @@ from server.error_handlers import from_sampling_error
 from server.errors import InvalidRequestError
 from server.schemas.native import GenerateRequest
 from server.schemas.sampling import SamplingFields
+from server.seeds import draw_seed
 
 LONG_TEXT = 2_000  # characters; what is longer is worked on off the event loop
-SEED_BITS = 53  # JSON numbers above 2^53 are not exact in every client
 
 Result = TypeVar("Result")
 
@@ -28,7 +27,8 @@ Result = TypeVar("Result")
 class Prompt:
     """A checked request, ready for the engine. `echo` is text to put before the answer.
 
-    `deadline` is seconds on the monotonic clock.
+    `deadline` is seconds on the monotonic clock. `prompt_logprobs` asks for the log-probabilities of the prompt's
+    tokens from the second on, each with that many alternatives; only with it may `params.max_tokens` be 0.
     """
 
     token_ids: list[int]
@@ -37,6 +37,7 @@ class Prompt:
     stops: list[str] = field(default_factory=list)
     deadline: float | None = None
     echo: str = ""
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ def _encode(prompt: str | list[int], tokenizer: Tokenizer) -> list[int]:
         raise InvalidRequestError(message, param="prompt") from None
     if token_ids:
         return token_ids
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    start = tokenizer.start_token_id
     if start is None:
         raise InvalidRequestError("prompt must not be empty: this model has no start token", param="prompt")
     return [start]
@@ -90,8 +91,8 @@ def _encode(prompt: str | list[int], tokenizer: Tokenizer) -> list[int]:
 
 def make_prompt(
     token_ids: list[int], fields: SamplingFields, max_tokens: int | None, model: ServedModel, *,
-    arrival: float, logprobs: int | None = None, echo: str = "", prompt_field: str = "prompt",
-    max_tokens_field: str = "max_tokens",
+    arrival: float, logprobs: int | None = None, echo: str = "", prompt_logprobs: int | None = None,
+    prompt_field: str = "prompt", max_tokens_field: str = "max_tokens",
 ) -> Prompt:  # fmt: skip
     """Raises InvalidRequestError for what the model cannot do; `max_tokens` None is the rest of its context.
 
@@ -107,6 +108,7 @@ def make_prompt(
         stops=fields.stop_strings,
         deadline=None if fields.deadline_ms is None else arrival + fields.deadline_ms / 1000,
         echo=echo,
+        prompt_logprobs=prompt_logprobs,
     )
 
 
@@ -147,6 +149,8 @@ def _check_ids(token_ids: list[int], fields: SamplingFields, width: int, prompt_
 def _max_tokens(asked: int | None, prompt_length: int, context: int, names: tuple[str, str]) -> int:
     prompt_field, max_tokens_field = names
     rest = context - prompt_length
+    if asked == 0 and rest >= -1:  # the last token is predicted, and takes no place of its own
+        return 0
     if rest < 1:
         message = f"the prompt's {prompt_length} tokens leave no room in the model's context of {context} tokens"
         raise InvalidRequestError(message, code="context_length_exceeded", param=prompt_field)
@@ -172,7 +176,7 @@ def _sampling_params(fields: SamplingFields, max_tokens: int, logprobs: int | No
             presence_penalty=fields.presence_penalty,
             frequency_penalty=fields.frequency_penalty,
             logit_bias=dict(fields.logit_bias),
-            seed=secrets.randbits(SEED_BITS) if fields.seed is None else fields.seed,
+            seed=draw_seed() if fields.seed is None else fields.seed,
             stop_token_ids=tuple(fields.stop_token_ids),
             ignore_eos=fields.ignore_eos,
             logprobs=logprobs,

@@ -105,6 +105,11 @@ class Tokenizer:
         return self._id_of(self._parts.eos_token)
 
     @property
+    def start_token_id(self) -> int | None:
+        """What an empty text is continued from: BOS or, where there is none, EOS."""
+        return self.eos_token_id if self.bos_token_id is None else self.bos_token_id
+
+    @property
     def unk_token_id(self) -> int | None:
         """The token for what the vocabulary lacks; None where there is none."""
         return self._parts.unk_token_id

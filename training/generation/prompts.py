@@ -35,7 +35,7 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str, prefix: Sequence[int] = ()) ->
         return [*prefix, *tokenizer.encode(prompt, add_special=False)]
     ids = tokenizer.encode(prompt)
     if not ids:
-        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        start = tokenizer.start_token_id
         if start is None:
             raise RecipeError("--prompt is empty and the tokenizer has no end-of-text token to start from")
         ids = [start]
