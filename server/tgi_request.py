@@ -57,8 +57,9 @@ async def admit_tgi(body: TgiRequest, services: Services, *, streamed: bool) -> 
     _check_parameters(parameters, model, sampled=sampled, streamed=streamed)
     token_ids = await encode_text(body.inputs, "inputs", model.tokenizer)
     prompt = _prompt(token_ids, parameters, model, sampled=sampled, streamed=streamed, arrival=received)
+    started = time.monotonic()
     generation = start_generation([prompt], services)
-    return TgiGeneration(body.inputs, parameters, sampled, model, generation, received, time.monotonic())
+    return TgiGeneration(body.inputs, parameters, sampled, model, generation, received, started)
 
 
 def _is_sampled(parameters: TgiParameters) -> bool:

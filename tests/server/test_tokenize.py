@@ -100,8 +100,6 @@ def test_tgi_s_places_cover_the_text(text: str) -> None:
 def test_a_text_that_the_tokenizer_changes_has_no_places() -> None:
     tokens = place_tokens(b"AB", list(b"ab"), Tokenizer.bytes())
     assert [(token.id, token.start, token.stop, token.text) for token in tokens] == [(97, 0, 0, ""), (98, 0, 0, "")]
-        (0, 0, "")
-    ] * 2
 
 
 async def test_long_texts_leave_the_event_loop(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
