@@ -12,6 +12,7 @@ from server.generation import Generation
 from server.openai_errors import openai_error_body
 from server.output import ChoiceDelta, TokenLogprob
 from server.output import Usage as NativeUsage
+from server.prompts import Prompt
 from server.sse import DONE, data_event
 
 
@@ -174,9 +175,7 @@ class CompletionFormat(_Format):
         self, source: AnswerSource, generation: Generation, tokenizer: Tokenizer, *, include_usage: bool
     ) -> None:
         super().__init__(source, generation, tokenizer, include_usage=include_usage)
-        self._logprobs = [
-            _LogprobsWriter(tokenizer, len(prompt.echo)) for prompt in generation.prompts for _ in range(prompt.n)
-        ]
+        self._logprobs = [_LogprobsWriter(prompt, tokenizer) for prompt in generation.prompts for _ in range(prompt.n)]
 
     def answer(self, choices: list[ChoiceDelta], usage: NativeUsage) -> bytes:
         return self._whole([self._choice(choice) for choice in choices], usage)
@@ -188,7 +187,7 @@ class CompletionFormat(_Format):
         return CompletionChoice(
             index=delta.index,
             text=delta.text,
-            logprobs=None if delta.logprobs is None else self._logprobs[delta.index].take(delta.logprobs),
+            logprobs=self._logprobs[delta.index].take(delta),
             finish_reason=delta.finish_reason,
             stop_reason=delta.stop_reason,
             seed=UNSET if delta.finish_reason is None else self._seeds[delta.index],
@@ -198,28 +197,46 @@ class CompletionFormat(_Format):
 class _LogprobsWriter:
     """The log-probabilities of one choice, whose deltas it is given in order."""
 
-    def __init__(self, tokenizer: Tokenizer, offset: int) -> None:
+    def __init__(self, prompt: Prompt, tokenizer: Tokenizer) -> None:
+        self._asked = prompt.params.logprobs is not None
+        self._first_id = prompt.token_ids[0] if self._asked and prompt.prompt_logprobs is not None else None
+        self._answer_offset = len(prompt.echo)
         self._tokenizer = tokenizer
         self._decoder = TextDecoder(tokenizer)
-        self._offset = offset
+        self._offset = 0
+        self._in_prompt = True
 
-    def take(self, entries: list[TokenLogprob]) -> CompletionLogprobs:
+    def take(self, delta: ChoiceDelta) -> CompletionLogprobs | None:
+        if not self._asked:
+            return None
         written = CompletionLogprobs([], [], [], [])
-        for entry in entries:
-            name = self._name(entry.id)
-            written.tokens.append(name)
-            written.token_logprobs.append(entry.logprob)
-            written.top_logprobs.append(self._top(entry, name))
-            written.text_offset.append(self._offset)
-            self._offset += len(self._decoder.push([entry.id]))
-        return written
+        if self._first_id is not None:  # nothing stands before it that could predict it
+            self._write(written, self._first_id, None, None)
+            self._first_id = None
+        for entry in [] if delta.prompt_logprobs is UNSET else delta.prompt_logprobs:
+            self._write(written, entry.id, entry.logprob, self._top(entry))
+        if delta.logprobs and self._in_prompt:
+            self._in_prompt = False
+            self._offset, self._decoder = self._answer_offset, TextDecoder(self._tokenizer)
+        for entry in delta.logprobs or []:
+            self._write(written, entry.id, entry.logprob, self._top(entry))
+        return written if written.tokens else None
 
-    def _top(self, entry: TokenLogprob, name: str) -> dict[str, float]:
+    def _write(
+        self, written: CompletionLogprobs, token_id: int, logprob: float | None, top: dict[str, float] | None
+    ) -> None:
+        written.tokens.append(self._name(token_id))
+        written.token_logprobs.append(logprob)
+        written.top_logprobs.append(top)
+        written.text_offset.append(self._offset)
+        self._offset += len(self._decoder.push([token_id]))
+
+    def _top(self, entry: TokenLogprob) -> dict[str, float]:
         """The alternatives, and with them the token itself. Of two tokens with one name the likelier counts."""
         top: dict[str, float] = {}
         for alternative in entry.top:
             top.setdefault(self._name(alternative.id), alternative.logprob)
-        top.setdefault(name, entry.logprob)
+        top.setdefault(self._name(entry.id), entry.logprob)
         return top
 
     def _name(self, token_id: int) -> str:

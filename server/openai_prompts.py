@@ -16,17 +16,23 @@ async def completion_prompts(body: CompletionRequest, model: ServedModel, arriva
         raise InvalidRequestError(
             "best_of must be equal to n: every answer that is generated is returned", param="best_of"
         )
-    if body.echo and body.logprobs is not None:
-        raise InvalidRequestError("echo with logprobs is not supported here; leave one of them out", param="echo")
+    if body.max_tokens == 0 and not body.echo:
+        raise InvalidRequestError("max_tokens must be at least 1 without echo", param="max_tokens")
     check_count(len(body.prompts), body.n, model)
     encoded = await encode_prompts(body.prompts, model.tokenizer)
     return [
         make_prompt(
             token_ids, body, body.max_tokens, model,
             arrival=arrival, logprobs=body.logprobs, echo=echo_text(prompt, model.tokenizer) if body.echo else "",
+            prompt_logprobs=_prompt_logprobs(body),
         )
         for prompt, token_ids in zip(body.prompts, encoded, strict=True)
     ]  # fmt: skip
+
+
+def _prompt_logprobs(body: CompletionRequest) -> int | None:
+    """`echo` with `logprobs` tells those of the prompt too. A request that generates nothing scores, asked or not."""
+    return (body.logprobs or 0) if body.echo and (body.logprobs is not None or body.max_tokens == 0) else None
 
 
 async def chat_prompt(body: ChatCompletionRequest, model: ServedModel, arrival: float) -> Prompt:

@@ -7,6 +7,7 @@ that is not streamed is made of the same deltas.
 from __future__ import annotations
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from model.text_output import StopMatcher, TextDecoder
 from model.tokenizer import Tokenizer
@@ -29,7 +30,10 @@ class TokenLogprob(msgspec.Struct, frozen=True):
 
 
 class ChoiceDelta(msgspec.Struct, frozen=True):
-    """What one event adds to one choice. `finish_reason` is set on a choice's last."""
+    """What one event adds to one choice. `finish_reason` is set on a choice's last.
+
+    `prompt_logprobs` are those of the prompt's next tokens from its second on, where they were asked for.
+    """
 
     index: int
     text: str
@@ -37,12 +41,14 @@ class ChoiceDelta(msgspec.Struct, frozen=True):
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob] | UnsetType = UNSET
 
 
 def join_deltas(deltas: list[ChoiceDelta]) -> ChoiceDelta:
     """One choice's deltas as a whole."""
     last = deltas[-1]
     logprobs = [entry for delta in deltas for entry in delta.logprobs or []]
+    scored = [delta.prompt_logprobs for delta in deltas if delta.prompt_logprobs is not UNSET]
     return ChoiceDelta(
         index=last.index,
         text="".join(delta.text for delta in deltas),
@@ -50,6 +56,7 @@ def join_deltas(deltas: list[ChoiceDelta]) -> ChoiceDelta:
         finish_reason=last.finish_reason,
         stop_reason=last.stop_reason,
         logprobs=None if all(delta.logprobs is None for delta in deltas) else logprobs,
+        prompt_logprobs=[entry for entries in scored for entry in entries] if scored else UNSET,
     )
 
 
@@ -112,7 +119,9 @@ class ChoiceOutput:
     ) -> ChoiceDelta:
         self.finish_reason = reason
         logprobs = None if output.logprobs is None else [self._logprob(entry) for entry in output.logprobs[:count]]
-        return ChoiceDelta(self.index, text, output.token_ids[:count], reason, stop_reason, logprobs)
+        scored = output.prompt_logprobs
+        prompt_logprobs = UNSET if scored is None else [self._logprob(entry) for entry in scored]
+        return ChoiceDelta(self.index, text, output.token_ids[:count], reason, stop_reason, logprobs, prompt_logprobs)
 
     def _logprob(self, entry: TokenLogprobs) -> TokenLogprob:
         top = [TopLogprob(token_id, self._text(token_id), logprob) for token_id, logprob in entry.top]

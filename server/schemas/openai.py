@@ -85,7 +85,10 @@ class _CompletionPrompt(BaseModel):
         description=f"a string, a non-empty list of token ids, or a list of 1 to {MAX_PROMPTS} of either"
     )
     max_tokens: int | None = Field(
-        16, ge=1, le=MAX_TOKEN_ID, description="an integer of at least 1, or null for the rest of the context"
+        16,
+        ge=0,
+        le=MAX_TOKEN_ID,
+        description="an integer of at least 1 (or 0, with echo), or null for the rest of the context",
     )
 
 

@@ -157,7 +157,7 @@ async def test_503_loading_draining_dead(engine: FakeEngine) -> None:
 
 
 async def test_a_fault_of_ours_is_a_plain_500(engine: FakeEngine, caplog: pytest.LogCaptureFixture) -> None:
-    def broken(*args: object) -> None:
+    def broken(*args: object, **options: object) -> None:
         raise RuntimeError(f"{CANARY} /secret/path 0x7f")
 
     engine.submit = broken  # type: ignore[method-assign,assignment]

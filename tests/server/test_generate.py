@@ -235,10 +235,10 @@ async def test_a_request_that_fails_leaves_the_others() -> None:
 async def test_choices_are_admitted_all_or_none(engine: FakeEngine, client: httpx.AsyncClient) -> None:
     real = engine.submit
 
-    def third_fails(*args: Any) -> Any:
+    def third_fails(*args: Any, **options: Any) -> Any:
         if len(engine.submitted) == 2:
             raise QueueFullError(3)
-        return real(*args)
+        return real(*args, **options)
 
     engine.submit = third_fails  # type: ignore[method-assign]
     assert (await client.post("/generate", json={"prompt": "p", "n": 3})).status_code == 429
