@@ -28,17 +28,20 @@ class Evaluation:
 
     @property
     def bits_per_byte(self) -> float:
-        return self.loss / self.bytes_per_token / math.log(2)
+        return self.loss / self.bytes_per_token / math.log(2) if self.bytes_per_token else math.inf
 
     def values(self) -> dict[str, float | int | None]:
         """For JSON, which has no infinity."""
-        perplexity = self.perplexity if math.isfinite(self.perplexity) else None
         return {
             "loss": self.loss,
-            "perplexity": perplexity,
-            "bits_per_byte": self.bits_per_byte,
+            "perplexity": _finite(self.perplexity),
+            "bits_per_byte": _finite(self.bits_per_byte),
             "tokens": self.tokens,
         }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 @dataclass(frozen=True, slots=True)

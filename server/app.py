@@ -16,12 +16,21 @@ from server.lifecycle import Lifecycle
 from server.metrics import Metrics
 from server.middleware import AuthMiddleware, BodyLimitMiddleware, HostMiddleware, RequestContextMiddleware
 from server.page_files import page_files
-from server.routes import classify, native, openai, ops, page, tgi, tokenize
+from server.routes import classify, native, openai, ops, page, score, tgi, tokenize
 from server.services import Services
 from server.settings import Settings
 from server.sse import Heartbeat
 
-ROUTERS = (ops.router, native.router, classify.router, openai.router, page.router, tgi.router, tokenize.router)
+ROUTERS = (
+    ops.router,
+    native.router,
+    classify.router,
+    openai.router,
+    page.router,
+    score.router,
+    tgi.router,
+    tokenize.router,
+)
 
 
 def create_app(

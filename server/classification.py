@@ -21,6 +21,7 @@ from server.errors import (
     engine_down_error,
     request_failed_error,
 )
+from server.interruption import Interruption
 from server.prompts import LONG_TEXT
 from server.schemas.classify import ClassifyRequest
 from server.services import Services
@@ -91,7 +92,7 @@ class Classification:
         self._token_ids = token_ids
         self._streams: list[RequestStream] = []
         self._num_finished = 0
-        self._interrupted: asyncio.Future[ApiError | None] = asyncio.get_running_loop().create_future()
+        self._interruption = Interruption()
         self._engine.check_admission(len(token_ids))
         try:
             self._streams += [self._engine.submit(ids, _NO_SAMPLING) for ids in token_ids]
@@ -110,36 +111,25 @@ class Classification:
         Raises ClientGoneError when the client left, ApiError when the request was interrupted or the engine gave up
         on it. In every case all texts are out of the engine afterwards.
         """
-        work = asyncio.create_task(self._collect())
-        watcher = asyncio.create_task(self._watch(receive))
         try:
-            await asyncio.wait((work, self._interrupted), return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                return work.result()
+            return await self._interruption.run(self._collect(), receive)
+        except (ApiError, ClientGoneError):
             self._metrics.count_finish("abort", len(self._streams) - self._num_finished)
-            raise self._interrupted.result() or ClientGoneError()
+            raise
         except EngineRequestError:
             self._metrics.count_finish("error", len(self._streams) - self._num_finished)
             raise (request_failed_error() if self._engine.state == "ready" else engine_down_error()) from None
         finally:
-            work.cancel()
-            watcher.cancel()
             self._close()
 
     def interrupt(self, error: ApiError | None) -> None:
         """End with `error`, or silently when the client has left; harmless after the end."""
-        if not self._interrupted.done():
-            self._interrupted.set_result(error)
+        self._interruption.interrupt(error)
 
     def _close(self) -> None:
         for stream in self._streams:
             stream.abort()
         self._lifecycle.remove(self)
-
-    async def _watch(self, receive: Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        self.interrupt(None)
 
     async def _collect(self) -> list[list[float]]:
         return [await self._scores(number) for number in range(len(self._streams))]

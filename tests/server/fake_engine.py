@@ -8,6 +8,8 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
+import msgspec
+
 from model.sampling_params import SamplingParams
 from server.engine.interface import EngineRequestError, EngineState, EngineUnavailableError, QueueFullError
 from server.engine.messages import (
@@ -72,6 +74,8 @@ class FakeStream:
     prompt: list[int]
     params: SamplingParams
     deadline: float | None
+    prompt_logprobs: int | None = None
+    prompt_logprobs_start: int = 1
     aborted: bool = False
     finished: bool = False
     _waiting: list[SequenceOutput] = field(default_factory=list)
@@ -117,6 +121,7 @@ def _merge(outputs: list[SequenceOutput]) -> SequenceOutput:
         logprobs=logprobs if last.logprobs is not None else None,
         timings=last.timings,
         scores=last.scores,
+        prompt_logprobs=[entry for output in outputs for entry in output.prompt_logprobs or []] or None,
     )
 
 
@@ -189,10 +194,20 @@ class FakeEngine:
         if len(self.live) + num_sequences > self.queue_limit:
             raise QueueFullError(7)
 
-    def submit(self, prompt_token_ids: list[int], params: SamplingParams, deadline: float | None = None) -> FakeStream:
+    def submit(
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        deadline: float | None = None,
+        *,
+        prompt_logprobs: int | None = None,
+        prompt_logprobs_start: int = 1,
+    ) -> FakeStream:
         self.check_admission(1)
         self.loop = asyncio.get_running_loop()
-        stream = FakeStream(self, len(self.submitted), prompt_token_ids, params, deadline)
+        stream = FakeStream(
+            self, len(self.submitted), prompt_token_ids, params, deadline, prompt_logprobs, prompt_logprobs_start
+        )
         self.submitted.append(stream)
         self.live.add(stream.request_id)
         self._tasks[stream.request_id] = asyncio.create_task(self._feed(stream))
@@ -201,17 +216,23 @@ class FakeEngine:
     async def _feed(self, stream: FakeStream) -> None:
         plan = self.script(stream.prompt, stream.params)
         arrival = time.monotonic()
-        for number, tokens in enumerate(plan.chunks):
+        early, late = _prompt_logprobs(stream)
+        if early:  # the first half by itself, the rest with the first tokens
+            await self._gate.wait()
+            stream.put(SequenceOutput(stream.request_id, [], prompt_logprobs=early))
+        chunks = plan.chunks or [[]]
+        for number, tokens in enumerate(chunks):
             await asyncio.sleep(plan.delay)
             await self._gate.wait()
             if number == plan.fail_after:
                 stream.fail()
                 return
-            last = number == len(plan.chunks) - 1
+            last = number == len(chunks) - 1
             if last:
                 stream.finished = True
                 self.live.discard(stream.request_id)
-            stream.put(self._output(stream, tokens, plan, arrival, last=last))
+            output = self._output(stream, tokens, plan, arrival, last=last)
+            stream.put(output if number else msgspec.structs.replace(output, prompt_logprobs=late or None))
 
     def _output(
         self, stream: FakeStream, tokens: list[int], plan: Plan, arrival: float, *, last: bool
@@ -257,6 +278,24 @@ class FakeEngine:
 
 def _logprobs(token: int, wanted: int) -> TokenLogprobs:
     return TokenLogprobs(token, -0.5, [(token + step, -0.5 - step) for step in range(wanted)])
+
+
+def fake_prompt_logprob(prompt: list[int], position: int) -> float:
+    """Of the prompt's token at that position: it tells how much context the token had, and which it is."""
+    return -position - prompt[position] / 1024
+
+
+def _prompt_logprobs(stream: FakeStream) -> tuple[list[TokenLogprobs], list[TokenLogprobs]]:
+    """What the stream asks for, in two halves."""
+    if stream.prompt_logprobs is None:
+        return [], []
+    entries = []
+    for position in range(stream.prompt_logprobs_start, len(stream.prompt)):
+        token, value = stream.prompt[position], fake_prompt_logprob(stream.prompt, position)
+        entries.append(
+            TokenLogprobs(token, value, [(token + step, value - step) for step in range(stream.prompt_logprobs)])
+        )
+    return entries[: len(entries) // 2], entries[len(entries) // 2 :]
 
 
 def fake_info(max_model_len: int, vocab_size: int) -> EngineInfo:
