@@ -74,7 +74,7 @@ def _random_params(rng: random.Random) -> SamplingParams:
         logit_bias={3: 4.0, rng.randrange(VOCAB_SIZE): -2.0} if rng.random() < 0.2 else {},
         min_tokens=rng.choice([0, 1]),
         seed=rng.getrandbits(63),
-        stop_token_ids=tuple(range(0, VOCAB_SIZE, 4)) if rng.random() < 0.2 else (),
+        stop_token_ids=tuple(range(0, VOCAB_SIZE, 2)) if rng.random() < 0.35 else (),
         ignore_eos=rng.random() < 0.3,
         logprobs=rng.choice([None, None, 0, 3, 20]),
     )

@@ -115,7 +115,7 @@ def test_the_requests_are_of_every_kind() -> None:
 def test_answers_without_any_variety_would_prove_nothing(checkpoint: Path) -> None:
     _, alone = answers_alone(checkpoint, "float32", COUNT)
     assert len({tuple(answer.token_ids) for answer in alone.values()}) > 0.9 * COUNT
-    assert len({token_id for answer in alone.values() for token_id in answer.token_ids}) > 25
+    assert len({token_id for answer in alone.values() for token_id in answer.token_ids}) > 20
     assert {answer.finish_reason for answer in alone.values()} == {"stop", "length"}
 
 
