@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import Literal
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,12 @@ from model.attention_cpu import NativeBackend
 from model.config import ModelConfig
 from model.errors import ConfigError
 from model.kv_cache import PagedKVCache
-from model.layers import LayerNorm, RMSNorm
+from model.layers import GatedMLP, LayerNorm, RMSNorm
 from model.linear import Linear
 from model.native import load_kernels
 from model.native.decoder_structs import Decoder, DecoderStep, Layer, Matrix, Norm, Packing
 from model.paged_attention import AttentionMetadata
-from model.transformer import Transformer
-
-Quantization = Literal["none", "int8"]
+from model.transformer import Transformer, TransformerBlock
 
 PANEL = 32
 """Output features that are packed side by side; all widths are padded to it."""
@@ -45,8 +43,11 @@ class CPUDecoder:
     and one cache, whose blocks must have NativeBackend's layout.
     """
 
-    def __init__(self, model: Transformer, max_rows: int, quantization: Quantization = "none") -> None:
-        """`max_rows` bounds the tokens of a step. Raises ConfigError where `supports` says no."""
+    def __init__(self, model: Transformer, max_rows: int, quantization: str = "none") -> None:
+        """`max_rows` bounds the tokens of a step; `quantization` is none or int8.
+
+        Raises ConfigError where `supports` says no.
+        """
         library = load_kernels()
         if library is None or not self.supports(model.config, model.dtype):
             raise ConfigError("the compiled CPU kernels cannot run this model")
@@ -138,10 +139,11 @@ class CPUDecoder:
         decoder, config = self._decoder, self.config
         self._layers = (Layer * config.num_layers)()
         decoder.layers = ctypes.cast(self._layers, ctypes.c_void_p)
-        for layer, block in zip(self._layers, model.layers, strict=True):
+        for index, layer in enumerate(self._layers):
+            block = cast(TransformerBlock, model.layers[index])
             attn, mlp = block.attn, block.mlp
             layer.qkv, layer.o = self._pack(attn.qkv_proj), self._pack(attn.o_proj)
-            if config.gated_mlp:
+            if isinstance(mlp, GatedMLP):
                 layer.up = self._pack(mlp.gate_up_proj, _interleave(config.intermediate_size))
             else:
                 layer.up = self._pack(mlp.up_proj)
@@ -259,7 +261,7 @@ def _pad(x: Tensor, multiple: int) -> Tensor:
 
 
 def _interleave(inner: int) -> Tensor:
-    """Panels of 16 gates and the 16 values that they gate, out of [gates; values]: [padded] source rows, -1 for none."""
+    """Source rows of panels that hold 16 gates and the 16 values they gate, out of [gates; values]; -1 for none."""
     gates = torch.arange(_padded(inner, PANEL // 2))
     gates = gates.masked_fill_(gates >= inner, -1).view(-1, 1, PANEL // 2)
     values = torch.where(gates < 0, -1, gates + inner)

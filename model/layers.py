@@ -79,7 +79,7 @@ class GatedMLP(nn.Module):
         return self.down_proj(activate(gate, self.activation) * up)
 
 
-def make_mlp(config: ModelConfig) -> nn.Module:
+def make_mlp(config: ModelConfig) -> MLP | GatedMLP:
     return GatedMLP(config) if config.gated_mlp else MLP(config)
 
 

@@ -4,9 +4,13 @@
  * Every row's arithmetic runs in one fixed order, whatever rows share the step, the tile or the threads.
  */
 
-#include <sched.h>
 #ifdef __linux__
+#include <linux/futex.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#else
+#include <sched.h>
 #endif
 
 #include "paged_step.h"
@@ -15,7 +19,7 @@
 #define GROUP 128        /* inputs that share a scale in eight bits */
 #define MAX_TILE_ROWS 12 /* rows that are computed together, at most */
 #define MAX_HEAD_DIM 512
-#define SPINS 20000 /* looks at a barrier before the core is offered to others */
+#define SPINS 2000 /* looks at a barrier before the core is left to others: about the time that waking up takes */
 
 typedef int8_t v16b_u __attribute__((vector_size(16), aligned(1), may_alias));
 
@@ -216,24 +220,37 @@ typedef struct {
     attention_step attention;
     attention_plan plan;
     atomic_llong next; /* the next unit of the phase under way */
-    atomic_int arrived, phase, failed;
+    atomic_int arrived, phase, sleeping, failed;
 } job;
 
-/* Wait until every thread has finished the phase; then units are counted from 0 again. */
+#ifdef __linux__
+static void sleep_until_changed(atomic_int *value, int old) { syscall(SYS_futex, value, FUTEX_WAIT_PRIVATE, old, 0, 0, 0); }
+static void wake_all(atomic_int *value) { syscall(SYS_futex, value, FUTEX_WAKE_PRIVATE, INT32_MAX, 0, 0, 0); }
+#else
+static void sleep_until_changed(atomic_int *value, int old) { if (atomic_load(value) == old) sched_yield(); }
+static void wake_all(atomic_int *value) { (void)value; }
+#endif
+
+/* Wait until every thread has finished the phase; then units are counted from 0 again. A thread that waits for one whose
+ * core is taken goes to sleep, so that it does not take the core of a third. */
 static void finish_phase(job *j, int threads) {
-    const int phase = atomic_load_explicit(&j->phase, memory_order_acquire);
+    const int phase = atomic_load(&j->phase);
     if (atomic_fetch_add(&j->arrived, 1) == threads - 1) {
         atomic_store(&j->arrived, 0);
         atomic_store(&j->next, 0);
-        atomic_store_explicit(&j->phase, phase + 1, memory_order_release);
+        atomic_store(&j->phase, phase + 1);
+        if (atomic_load(&j->sleeping)) wake_all(&j->phase);
         return;
     }
-    for (int spins = 0; atomic_load_explicit(&j->phase, memory_order_acquire) == phase; spins++) {
-        if (spins > SPINS) sched_yield();
+    for (int spins = 0; spins < SPINS; spins++) {
+        if (atomic_load_explicit(&j->phase, memory_order_acquire) != phase) return;
 #ifdef HAVE_X86_VARIANTS
-        else _mm_pause();
+        _mm_pause();
 #endif
     }
+    atomic_fetch_add(&j->sleeping, 1);
+    while (atomic_load(&j->phase) == phase) sleep_until_changed(&j->phase, phase);
+    atomic_fetch_sub(&j->sleeping, 1);
 }
 
 #define FOR_EACH(unit, units)                                                                \
@@ -508,14 +525,18 @@ static float source_value(const packing *p, int64_t feature, int64_t column) {
     return value.f;
 }
 
-static uint32_t source_word(const packing *p, int64_t feature, int64_t step) {
-    if (feature < 0) return 0;
-    if (p->weights == FLOAT32) {
-        const union { float f; uint32_t u; } value = {source_value(p, feature, step)};
-        return value.u;
+/* A feature's words of one or two values, each PANEL words behind the last. */
+static void pack_feature(const packing *p, int64_t feature, uint32_t *out) {
+    const int64_t pair = pair_of(p->weights), size = 4 / pair;
+    const char *row = (const char *)p->source + feature * p->columns * size;
+    for (int64_t step = 0; step < p->steps; step++) {
+        uint32_t word = 0;
+        if (feature >= 0 && (step + 1) * pair <= p->columns)
+            memcpy(&word, row + step * 4, 4);
+        else if (feature >= 0)
+            memcpy(&word, row + step * 4, 2);
+        out[step * PANEL] = word;
     }
-    const uint16_t *row = (const uint16_t *)p->source + feature * p->columns + 2 * step;
-    return row[0] | (2 * step + 1 < p->columns ? (uint32_t)row[1] << 16 : 0);
 }
 
 static void pack_feature_int8(const packing *p, int64_t panel, int64_t lane) {
@@ -530,8 +551,10 @@ static void pack_feature_int8(const packing *p, int64_t panel, int64_t lane) {
         }
         const float inverse = top > 0 ? 127.0f / top : 0.0f;
         p->scales[(panel * p->groups + group) * PANEL + lane] = top / 127.0f;
-        for (int64_t i = first; i < first + count; i++)
-            out[i / 4 * PANEL * 4 + i % 4] = (uint8_t)(lrintf(source_value(p, feature, i) * inverse) + 128);
+        for (int64_t i = first; i < first + count; i++) {
+            const float q = source_value(p, feature, i) * inverse;
+            out[i / 4 * PANEL * 4 + i % 4] = (uint8_t)(128 + (int)(q < 0 ? q - 0.5f : q + 0.5f));
+        }
     }
 }
 
@@ -547,8 +570,7 @@ static void pack_panels(void *data) {
                 continue;
             }
             uint32_t *out = (uint32_t *)p->packed + panel * p->steps * PANEL + lane;
-            const int64_t feature = p->order[panel * PANEL + lane];
-            for (int64_t step = 0; step < p->steps; step++) out[step * PANEL] = source_word(p, feature, step);
+            pack_feature(p, p->order[panel * PANEL + lane], out);
         }
     }
 }

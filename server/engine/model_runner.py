@@ -7,10 +7,13 @@ from pathlib import Path
 
 import torch
 
+from model.attention_cpu import NativeBackend
 from model.backends import select_backend
 from model.checkpoint import load_config, load_model
+from model.cpu_decoder import CPUDecoder
 from model.errors import ConfigError, TokenizerError
 from model.kv_cache import PagedKVCache, bytes_per_block
+from model.packed_linear import MIN_ROWS
 from model.paged_attention import PagedBatch
 from model.sampling import Sampler, SamplingBatch, SamplingRow
 from model.sampling.logprobs import Logprobs
@@ -42,8 +45,6 @@ class ModelRunner:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        if config.quantization != "none":
-            raise ConfigError(f"quantization {config.quantization!r} is not available yet; use none")
         folder = Path(config.model_path)
         self.device = resolve_device(config.device)
         if self.device.type == "cuda" and self.device.index is not None:
@@ -56,8 +57,6 @@ class ModelRunner:
         )
         self.model = load_model(folder, dtype=self.dtype, device=self.device)
         self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        if self.device.type == "cpu":
-            self.model.pack_for_cpu()
         block_bytes = bytes_per_block(self.model_config, self.backend.block_shape, config.block_size, self.dtype)
         self.limits = resolve_limits(config, self.model_config, self.device, block_bytes)
         self.cache = PagedKVCache.allocate(
@@ -68,6 +67,7 @@ class ModelRunner:
             dtype=self.dtype,
             device=self.device,
         )
+        self._decoder = self._pack(config)
         self.sampler = Sampler(
             self.model_config.vocab_size,
             valid_vocab_size=_tokenizer_size(folder),
@@ -80,6 +80,29 @@ class ModelRunner:
         self._sampling: SamplingBatch | None = None
         self._sampling_key: list[int] = []
         self._graphs = CUDAGraphRunner.create(self) if config.cuda_graphs else None
+
+    def _pack(self, config: EngineConfig) -> CPUDecoder | None:
+        """On the CPU, the model's weights laid out for its kernels; None where torch's operators run it.
+
+        Raises ConfigError if eight bits are asked for where nothing can run them.
+        """
+        kernels = (
+            self.device.type == "cpu"
+            and self.backend.name == NativeBackend.name
+            and CPUDecoder.supports(self.model_config, self.dtype)
+        )
+        if config.quantization == "int8":
+            if not kernels or self.dtype != torch.bfloat16:
+                raise ConfigError("quantization int8 needs the compiled CPU kernels and dtype bfloat16; use none")
+        elif config.quantization != "none":
+            raise ConfigError("quantization must be none or int8")
+        elif not kernels or not CPUDecoder.is_fastest():
+            if self.device.type == "cpu":
+                self.model.pack_for_cpu()
+            return None
+        decoder = CPUDecoder(self.model, max(MIN_ROWS, self.limits.max_num_batched_tokens), config.quantization)
+        decoder.bind(self.cache)
+        return decoder
 
     @property
     def device_name(self) -> str:
@@ -121,10 +144,14 @@ class ModelRunner:
 
     def hidden_states(self, inputs: StepInputs) -> torch.Tensor:
         """Run a step, writing its KV; the hidden states [rows, D] of `inputs.sample_rows`."""
+        if self._decoder is not None:
+            return self._decoder.forward(inputs.input_ids, inputs.positions, inputs.metadata, inputs.sample_rows)
         return self.forward(inputs).index_select(0, inputs.sample_rows)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [rows, V] of hidden states [rows, D]."""
+        if self._decoder is not None:
+            return self._decoder.logits(hidden)
         return self.model.compute_logits(hidden)
 
     def forward(self, inputs: StepInputs) -> torch.Tensor:
