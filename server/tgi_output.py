@@ -18,11 +18,11 @@ from server.tokenization import token_text
 
 
 class PrefillToken(msgspec.Struct):
-    """A token of the prompt. No log-probability is known for it."""
+    """A token of the prompt. The first one, which nothing precedes, has no log-probability."""
 
     id: int
     text: str
-    logprob: float | None = None
+    logprob: float | None
 
 
 class Token(msgspec.Struct):
@@ -77,12 +77,14 @@ class Answer(msgspec.Struct):
 class TokenReader:
     """Turns one sequence's deltas into TGI's tokens; `text` is what they make together.
 
+    `prompt_logprobs` are those of all the prompt's tokens, where they were asked for.
     The joined texts of the tokens that are not special are `text`, which ends with the stop sequence if one ended it.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokens: list[Token] = []
         self.top_tokens: list[list[Token]] = []
+        self.prompt_logprobs: list[float | None] = [None]
         self.finish_reason = ""
         self._tokenizer = tokenizer
         self._special = frozenset(tokenizer.special_tokens.values())
@@ -102,6 +104,8 @@ class TokenReader:
             logprob = None if entry is None else entry.logprob
             self.tokens.append(self._token(token_id, logprob, is_eos=at_end and position == last))
             self.top_tokens.append(self._top(entry.top if entry is not None else ()))
+        if delta.prompt_logprobs is not UNSET:
+            self.prompt_logprobs += [entry.logprob for entry in delta.prompt_logprobs]
         if delta.finish_reason is not None:
             self._finish(delta)
         return self.tokens[start:]
@@ -143,8 +147,11 @@ def _finish_reason(delta: ChoiceDelta) -> str:
     return "eos_token" if delta.stop_reason is None else "stop_sequence"
 
 
-def prefill_tokens(token_ids: list[int], tokenizer: Tokenizer) -> list[PrefillToken]:
-    return [PrefillToken(token_id, token_text(token_id, tokenizer)) for token_id in token_ids]
+def prefill_tokens(token_ids: list[int], logprobs: list[float | None], tokenizer: Tokenizer) -> list[PrefillToken]:
+    return [
+        PrefillToken(token_id, token_text(token_id, tokenizer), logprob)
+        for token_id, logprob in zip(token_ids, logprobs, strict=True)
+    ]
 
 
 def mean_logprob(reader: TokenReader) -> float:

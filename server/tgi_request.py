@@ -112,6 +112,7 @@ def _prompt(
     return make_prompt(
         token_ids, SamplingFields.model_validate(values), parameters.max_new_tokens, model,
         arrival=arrival, logprobs=_num_logprobs(parameters, streamed),
+        prompt_logprobs=0 if parameters.decoder_input_details else None,
         prompt_field="inputs", max_tokens_field="max_new_tokens",
     )  # fmt: skip
 

@@ -91,8 +91,10 @@ async def _whole_answer(
 
 
 def _details(job: TgiGeneration, prefix: str, readers: list[TokenReader], best: int) -> Details:
-    ids = job.generation.prompts[0].token_ids
-    prefill = prefill_tokens(ids, job.model.tokenizer) if job.parameters.decoder_input_details else []
+    prefill = []
+    if job.parameters.decoder_input_details:
+        ids = job.generation.prompts[0].token_ids
+        prefill = prefill_tokens(ids, readers[best].prompt_logprobs, job.model.tokenizer)
     sequences = [
         BestOfSequence(
             generated_text=prefix + reader.text,

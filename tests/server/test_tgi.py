@@ -15,7 +15,7 @@ from server.output import ChoiceDelta, TokenLogprob
 from server.tgi_output import TokenReader
 from server.tgi_request import is_tgi_body
 from tests.server.conftest import client_for, make_app
-from tests.server.fake_engine import EOS, FakeEngine, Plan, says, seeded_letters
+from tests.server.fake_engine import EOS, FakeEngine, Plan, fake_prompt_logprob, says, seeded_letters
 from tests.server.tgi_clients import events, post
 
 pytestmark = pytest.mark.anyio
@@ -66,10 +66,11 @@ async def test_details() -> None:
 async def test_the_prompt_s_tokens() -> None:
     body = {"inputs": "né", "parameters": {"decoder_input_details": True, "max_new_tokens": 1}}
     details = (await post(says("x"), body))[0].json()["details"]
-    assert [(token["id"], token["text"]) for token in details["prefill"]] == [
-        (110, "n"),
-        (195, "\ufffd"),
-        (169, "\ufffd"),
+    ids = list("né".encode())
+    assert details["prefill"] == [
+        {"id": 110, "text": "n", "logprob": None},
+        {"id": 195, "text": "\ufffd", "logprob": fake_prompt_logprob(ids, 1)},
+        {"id": 169, "text": "\ufffd", "logprob": fake_prompt_logprob(ids, 2)},
     ]
     assert "top_tokens" not in details
     assert "best_of_sequences" not in details

@@ -79,7 +79,12 @@ def test_details(client: InferenceClient, model: Transformer) -> None:
     assert details.top_tokens is not None
     for alternatives, entry in zip(details.top_tokens, answer.logprobs, strict=True):
         assert [token["id"] for token in alternatives] == [token["id"] for token in entry["top"]]  # type: ignore[index]
-    assert [token.id for token in details.prefill] == TOKENIZER.encode(PROMPT)
+    ids = TOKENIZER.encode(PROMPT)
+    assert [token.id for token in details.prefill] == ids
+    with torch.inference_mode():
+        logits = model.compute_logits(model(torch.tensor([ids])))[0].float()
+    scores = logits.log_softmax(-1)[torch.arange(len(ids) - 1), torch.tensor(ids[1:])].tolist()
+    assert [token.logprob for token in details.prefill] == [None, *(pytest.approx(score, abs=1e-4) for score in scores)]
 
 
 @pytest.mark.parametrize("stop", [None, ["nowhere", "X"]])
