@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from server.schemas.openai import ChatCompletionRequest, CompletionRequest
 from tests.server.conftest import make_app
-from tests.server.fake_engine import FakeEngine, says
+from tests.server.fake_engine import FakeEngine, fake_prompt_logprob, says
 from tests.server.hostile_bodies import CANARY
 from tests.server.openai_requests import CHAT, COMPLETIONS, HELLO, ROUTES, ask, check_error, post, stream
 
@@ -224,6 +224,39 @@ async def test_echo(engine: FakeEngine) -> None:
     assert [choice["text"] for choice in answer["choices"]] == ["abc def", "édef"]
     events = await stream(engine, COMPLETIONS, prompt=["abc ", "é"], echo=True)
     assert [joined(COMPLETIONS, events, index) for index in range(2)] == ["abc def", "édef"]
+
+
+async def test_echo_with_logprobs_scores_the_prompt(engine: FakeEngine) -> None:
+    engine.script = says("de")
+    prompt = list("a→b".encode())
+    fields = {"prompt": [prompt, [99]], "echo": True, "logprobs": 2}
+    first, second = (await ask(engine, COMPLETIONS, **fields))["choices"]
+    scored = [fake_prompt_logprob(prompt, position) for position in range(1, len(prompt))]
+    logprobs = first["logprobs"]
+    assert first["text"] == "a→bde"
+    assert logprobs["tokens"] == ["a", r"bytes:\xe2", r"bytes:\x86", r"bytes:\x92", "b", "d", "e"]
+    assert logprobs["token_logprobs"] == [None, *scored, -0.5, -0.5]
+    assert logprobs["text_offset"] == [0, 1, 1, 1, 2, 3, 4]
+    assert logprobs["top_logprobs"][0] is None
+    assert logprobs["top_logprobs"][4] == {"b": scored[3], "c": scored[3] - 1}
+    assert (second["text"], second["logprobs"]["token_logprobs"]) == ("cde", [None, -0.5, -0.5])
+    for whole in (first, second):
+        events = await stream(engine, COMPLETIONS, **fields)
+        choices = [event["choices"][0] for event in events if event["choices"][0]["index"] == whole["index"]]
+        assert join_logprobs([choice["logprobs"] for choice in choices]) == whole["logprobs"]
+        assert joined(COMPLETIONS, events, whole["index"]) == whole["text"]
+
+
+async def test_a_prompt_can_be_scored_and_no_more(engine: FakeEngine) -> None:
+    answer = await ask(engine, COMPLETIONS, prompt="a" * 257, echo=True, logprobs=0, max_tokens=0)
+    choice = answer["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == ("a" * 257, "length")
+    assert len(choice["logprobs"]["token_logprobs"]) == answer["usage"]["total_tokens"] == 257
+    choice = (await ask(engine, COMPLETIONS, echo=True, max_tokens=0))["choices"][0]
+    assert (choice["text"], choice["logprobs"]) == ("hi", None)
+    check_error(await post(engine, COMPLETIONS, max_tokens=0), 400, "invalid_request", "max_tokens")
+    response = await post(engine, COMPLETIONS, prompt="a" * 258, echo=True, max_tokens=0)
+    check_error(response, 400, "context_length_exceeded", "prompt")
 
 
 async def test_messages_of_every_form(engine: FakeEngine) -> None:
