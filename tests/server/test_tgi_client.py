@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,9 @@ from model.generate import generate
 from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
+from server.schemas.tgi import TgiParameters
+from server.settings import Settings
+from tests.docs_pages import fenced_blocks, run_python
 from tests.server.expected import Expected, alone
 from tests.server.real import PATIENCE, VOCAB_SIZE, RealServer, load_alone, running, save_random
 
@@ -189,3 +196,55 @@ def test_truncation_keeps_the_end(server: RealServer, model: Transformer) -> Non
     assert (
         httpx.post(f"{server.url}/generate", json=body).json()["generated_text"] == expected(model, max_tokens=9).text
     )
+
+
+@pytest.fixture
+def page(server: RealServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The page on moving from TGI, about the server at hand."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    text = PAGE.read_text(encoding="utf-8").replace("http://127.0.0.1:8000", server.url)
+    copy = tmp_path / PAGE.name
+    copy.write_text(text, encoding="utf-8")
+    return copy
+
+
+def test_the_page_s_programs_print_what_it_says(page: Path) -> None:
+    results = list(run_python(page))
+    assert len(results) == 2
+    for printed in results:
+        assert printed.actual == printed.stated, f"the block at line {printed.line}"
+
+
+def test_the_page_s_curl_lines(page: Path) -> None:
+    """Run as they stand where there is a curl; each answer is TGI's."""
+    lines = "\n".join(block.text for block in fenced_blocks(page.read_text()) if block.language == "sh")
+    commands = [shlex.split(line) for line in lines.replace("\\\n", " ").splitlines() if line.startswith("curl ")]
+    assert len(commands) == 3
+    answers = []
+    for command in commands:
+        url = next(word for word in command if word.startswith("http://"))
+        response = httpx.post(url, content=command[-1], headers={"content-type": "application/json"})
+        assert response.status_code == 200, response.text
+        answers.append(response.text)
+        if shutil.which("curl"):
+            run = subprocess.run(
+                [*command, "--silent", "--fail", "--noproxy", "*"], capture_output=True, timeout=PATIENCE
+            )
+            assert (run.returncode, run.stdout.decode()) == (0, response.text)
+    assert set(json.loads(answers[0])) == {"generated_text"}
+    assert json.loads(answers[1].strip().splitlines()[-1].removeprefix("data: "))["generated_text"]
+    assert [token["text"] for token in json.loads(answers[2])] == list("ROMEO:")
+
+
+def test_the_page_names_every_parameter_and_only_what_exists(page: Path, server: RealServer) -> None:
+    text = page.read_text()
+    for name in TgiParameters.model_fields:
+        assert f"`{name}`" in text, name
+    metrics = httpx.get(f"{server.url}/metrics").text
+    for name in re.findall(r"`((?:vllm|quill):\w+)`", text):
+        assert f"# TYPE {name} " in metrics, name
+    options = {f"--{name.replace('_', '-')}" for name in Settings.model_fields}
+    rows = re.findall(r"^\| `--.*\| (.*) \|$", text, re.MULTILINE)
+    named = {option for row in rows for option in re.findall(r"--[a-z-]+", row)}
+    assert len(named) > 10
+    assert named <= options
