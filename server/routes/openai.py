@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel
 from starlette.responses import Response
 
 from server.admission import served_model, start_generation
@@ -14,6 +12,7 @@ from server.error_handlers import request_id
 from server.errors import UnknownModelError
 from server.openai_output import AnswerSource, ChatFormat, CompletionFormat
 from server.openai_prompts import chat_prompt, completion_prompts
+from server.openapi import request_body
 from server.prompts import Prompt, ServedModel
 from server.request_body import read_body
 from server.routes.native import provenance
@@ -37,14 +36,9 @@ _CHAT_EXAMPLES = {
 }
 
 
-def _documented(schema: type[BaseModel], examples: dict[str, Any]) -> dict[str, Any]:
-    content = {"schema": schema.model_json_schema(), "examples": examples}
-    return {"requestBody": {"required": True, "content": {"application/json": content}}}
-
-
 @router.post(
     "/v1/completions",
-    openapi_extra=_documented(CompletionRequest, _COMPLETION_EXAMPLES),
+    openapi_extra=request_body(CompletionRequest, examples=_COMPLETION_EXAMPLES),
     summary="Continue texts, in OpenAI's shape",
 )
 async def completions(request: Request) -> Response:
@@ -58,7 +52,7 @@ async def completions(request: Request) -> Response:
 
 @router.post(
     "/v1/chat/completions",
-    openapi_extra=_documented(ChatCompletionRequest, _CHAT_EXAMPLES),
+    openapi_extra=request_body(ChatCompletionRequest, examples=_CHAT_EXAMPLES),
     summary="Answer a conversation, in OpenAI's shape",
 )
 async def chat_completions(request: Request) -> Response:

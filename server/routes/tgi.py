@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request
@@ -12,6 +11,7 @@ from starlette.responses import Response
 
 from server.errors import ApiError
 from server.generation import Generation
+from server.openapi import request_body
 from server.output import ChoiceDelta
 from server.request_body import parse_body, read_bytes
 from server.schemas.tgi import TgiRequest
@@ -33,18 +33,14 @@ from server.tgi_request import TgiGeneration, admit_tgi
 
 router = APIRouter()
 
-_BODY: dict[str, Any] = {
-    "requestBody": {"required": True, "content": {"application/json": {"schema": TgiRequest.model_json_schema()}}}
-}
 
-
-@router.post("/", openapi_extra=_BODY, summary="TGI: text as a list of one answer, or as a stream")
+@router.post("/", openapi_extra=request_body(TgiRequest), summary="TGI: text as a list of one answer, or as a stream")
 async def compatible(request: Request) -> Response:
     """TGI's route for clients of the Hub's inference API, who get the prompt back with the text unless they say no."""
     return await in_tgi_shape(_respond(request, full_text=True, in_list=True), request.scope)
 
 
-@router.post("/generate_stream", openapi_extra=_BODY, summary="TGI: text as a stream")
+@router.post("/generate_stream", openapi_extra=request_body(TgiRequest), summary="TGI: text as a stream")
 async def generate_stream(request: Request) -> Response:
     return await in_tgi_shape(_respond(request, streamed=True), request.scope)
 

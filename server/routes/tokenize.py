@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -11,6 +9,7 @@ from starlette.responses import Response
 from model.errors import TokenizerError
 from model.tokenizer import Tokenizer
 from server.errors import InvalidRequestError, UnknownModelError, loading_error
+from server.openapi import request_body
 from server.prompts import off_loop
 from server.request_body import parse_body, read_bytes
 from server.schemas.tgi import TgiTokenizeRequest
@@ -39,14 +38,8 @@ class Text(msgspec.Struct):
     prompt: str
 
 
-def _body_of(*schemas: type[TokenizeRequest] | type[DetokenizeRequest] | type[TgiTokenizeRequest]) -> dict[str, Any]:
-    shapes = [schema.model_json_schema() for schema in schemas]
-    schema = shapes[0] if len(shapes) == 1 else {"anyOf": shapes}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-
-
 @router.post(
-    "/tokenize", openapi_extra=_body_of(TokenizeRequest, TgiTokenizeRequest), summary="The token ids of a text"
+    "/tokenize", openapi_extra=request_body(TokenizeRequest, TgiTokenizeRequest), summary="The token ids of a text"
 )
 async def tokenize(request: Request) -> Response:
     raw = await read_bytes(request)
@@ -59,12 +52,13 @@ async def tokenize(request: Request) -> Response:
     text, param = (body.text, "text") if body.text is not None else (body.prompt or "", "prompt")
     tokenizer = _tokenizer(body.model, services)
     ids = await encode_text(text, param, tokenizer, add_special=body.add_special_tokens)
-    strings = [token_text(token_id, tokenizer) for token_id in ids]
-    answer = Tokens(ids, len(ids), services.ready_info.max_model_len, strings if body.return_token_strs else None)
+    answer = Tokens(ids, len(ids), services.ready_info.max_model_len)
+    if body.return_token_strs:
+        answer.token_strs = await off_loop(len(ids), lambda: [token_text(token_id, tokenizer) for token_id in ids])
     return Response(msgspec.json.encode(answer), media_type="application/json")
 
 
-@router.post("/detokenize", openapi_extra=_body_of(DetokenizeRequest), summary="The text of token ids")
+@router.post("/detokenize", openapi_extra=request_body(DetokenizeRequest), summary="The text of token ids")
 async def detokenize(request: Request) -> Response:
     services: Services = request.app.state.services
     body = parse_body(await read_bytes(request), DetokenizeRequest)
@@ -88,5 +82,5 @@ async def _tokenize_tgi(raw: bytes, services: Services) -> Response:
     body = parse_body(raw, TgiTokenizeRequest)
     tokenizer = _tokenizer(body.model, services)
     ids = await encode_text(body.inputs, "inputs", tokenizer)
-    tokens = await off_loop(len(ids), lambda: place_tokens(body.inputs.encode(), ids, tokenizer))
-    return Response(msgspec.json.encode(tokens), media_type="application/json")
+    content = await off_loop(len(ids), lambda: msgspec.json.encode(place_tokens(body.inputs.encode(), ids, tokenizer)))
+    return Response(content, media_type="application/json")
