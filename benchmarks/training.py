@@ -165,7 +165,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--override", action="append", default=[], metavar="SECTION.KEY=VALUE", help="compare: passed on to our trainer"
     )
-    parser.add_argument("--preset", help="grid: a model of model.presets; default: GPT-2 124M")
+    parser.add_argument("--preset", help="grid: a model of model.presets; default: GPT-2 124M, on a CPU 10.65M")
     parser.add_argument("--model", type=Path, metavar="DIR", help="grid: a checkpoint in place of a preset")
     parser.add_argument("--scaling", action="store_true", help="all: the toy scaling fit too, two or three minutes")
     parser.add_argument(

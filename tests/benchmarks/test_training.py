@@ -14,7 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import training, training_ladder
+from benchmarks import training, training_grid, training_ladder, training_memory
 from benchmarks.systems import SystemFailedError
 from benchmarks.training_command import RunFigures, read_metrics
 from benchmarks.training_grid import add_speedups
@@ -120,6 +120,26 @@ def test_grid_covers_types_and_shapes(run_mode: RunMode) -> None:
     assert grid["forward"][0]["bytes"] == 4 * count_parameters(TINY.config())
     assert status == 0
     assert "1.5-2x training speedup" in output
+
+
+def test_models_fit_the_device() -> None:
+    """GPT-2 on a GPU, the 10.65M model on a CPU: with room for the grid's longest shape."""
+    for device, model, width in (("cpu", SHAKESPEARE_CHAR, 384), ("cuda", GPT2, 768)):
+        grid = training_grid.make_plan(device, quick=False, preset=None, folder=None)
+        assert grid.name.startswith(model.name)
+        assert grid.config.hidden_size == width
+        assert {(shape.batch_size, shape.seq_len) for shape in grid.shapes} == set(training_grid.CLAIMED)
+        assert training_memory.MODELS[training_memory.make_plan(device, 2, quick=False).model] is model
+
+
+@pytest.mark.parametrize(("preset", "shown"), [("gpt2", True), ("shakespeare-char", False)])
+def test_published_times_stand_beside_the_model_that_they_are_of(preset: str, shown: bool) -> None:
+    plan = training_grid.make_plan("cpu", quick=True, preset=preset, folder=None)
+    row = {"dtype": "float32", "batch_size": 1, "seq_len": 128, "ms": 1.0, "tokens_per_second": 1.0, "speedup": 1.0,
+           "bytes": 1, "memory": 1.0}  # fmt: skip
+    output = io.StringIO()
+    training_grid.print_grid(Console(file=output, width=200), plan, "forward", [row])
+    assert ("12.3 ms, 10,406/s" in output.getvalue()) is shown
 
 
 def test_checkpointing_trades_time_for_memory(run_mode: RunMode) -> None:
