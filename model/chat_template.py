@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NoReturn
 
 from model.errors import TokenizerError
@@ -57,31 +58,37 @@ def render_chat(
     *,
     add_generation_prompt: bool = True,
     forbidden: Iterable[str] = (),
+    variables: Mapping[str, object] = MappingProxyType({}),
 ) -> str:
     """The text of a conversation; `add_generation_prompt` ends it with the start of the assistant's answer.
 
-    Texts in `forbidden` (the tokenizer's special tokens) may not stand in a message: `encode_template` would take
-    them for the end of a turn. Raises TokenizerError for such messages and for those that the template refuses.
+    `variables` are further ones that the template reads, such as Qwen3's `enable_thinking`; those above go first.
+    Texts in `forbidden` (the tokenizer's special tokens) may not stand in a message or a variable: `encode_template`
+    would take them for the end of a turn. Raises TokenizerError for such and for what the template refuses.
     """
-    _refuse_control_tokens(messages, forbidden)
+    tokens = tuple(forbidden)
+    for index, message in enumerate(messages):
+        _refuse_control_tokens(f"messages[{index}]", message, tokens)
+    _refuse_control_tokens("a variable of the template", variables, tokens)
     compiled = _compile(template.source)
     try:
         return compiled.render(
-            messages=[dict(message) for message in messages],
-            add_generation_prompt=add_generation_prompt,
-            **dict(template.special_tokens),
+            {
+                **variables,
+                **dict(template.special_tokens),
+                "messages": [dict(message) for message in messages],
+                "add_generation_prompt": add_generation_prompt,
+            }
         )
     except Exception as problem:  # whatever code of the template's went wrong on these messages
         raise TokenizerError(_MISFIT) from problem
 
 
-def _refuse_control_tokens(messages: Sequence[Mapping[str, object]], forbidden: Iterable[str]) -> None:
-    tokens = tuple(forbidden)
-    for index, message in enumerate(messages):
-        for value in message.values():
-            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            if any(token in text for token in tokens):
-                raise TokenizerError(f"messages[{index}] holds a control token of this model; remove it")
+def _refuse_control_tokens(name: str, values: Mapping[str, object], tokens: Sequence[str]) -> None:
+    for value in values.values():
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        if any(token in text for token in tokens):
+            raise TokenizerError(f"{name} holds a control token of this model; remove it")
 
 
 def _read_text(path: Path) -> str:

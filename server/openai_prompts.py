@@ -8,6 +8,8 @@ from server.errors import InvalidRequestError
 from server.prompts import Prompt, ServedModel, check_count, echo_text, encode_prompts, make_prompt, off_loop
 from server.schemas.openai import ChatCompletionRequest, CompletionRequest, Message, OpenAIFields
 
+_MESSAGE_COST = 100  # characters that take a template as long as a message without any
+
 
 async def completion_prompts(body: CompletionRequest, model: ServedModel, arrival: float) -> list[Prompt]:
     """The prompts of POST /v1/completions; `arrival` as in `make_prompt`. Raises InvalidRequestError."""
@@ -72,7 +74,7 @@ def _refuse_unsupported(body: OpenAIFields) -> None:
 
 async def _conversation_ids(body: ChatCompletionRequest, template: ChatTemplate, model: ServedModel) -> list[int]:
     messages = [_plain_message(index, message) for index, message in enumerate(body.messages)]
-    size = sum(len(message["content"]) for message in messages)
+    size = sum(_MESSAGE_COST + len(message["content"]) for message in messages)
     return await off_loop(size, lambda: _encode_conversation(body, messages, template, model))
 
 
@@ -101,6 +103,7 @@ def _encode_conversation(
             messages,
             add_generation_prompt=body.add_generation_prompt,
             forbidden=model.tokenizer.special_tokens,
+            variables=body.chat_template_kwargs,
         )
     except TokenizerError as error:  # its sentences name a message by its place
         raise InvalidRequestError(str(error), param="messages") from None

@@ -17,6 +17,7 @@ from server.schemas.sampling import MAX_TOKEN_ID, SamplingFields, TokenId
 MAX_PROMPTS = 1024
 MAX_MESSAGES = 2048
 MAX_ROLE_LENGTH = 64
+MAX_TEMPLATE_VARIABLES = 64
 
 # fail_fast: a body of a megabyte can hold half a million faults, of which the first is told.
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
@@ -162,7 +163,6 @@ class ChatCompletionRequest(OpenAIFields, _Conversation):
         "audio": (_NONE, _REFUSED),
         "web_search_options": (_NONE, _REFUSED),
         "chat_template": (_NONE, "is not taken from requests: the model's own is used"),
-        "chat_template_kwargs": (_NONE, _REFUSED),
         "documents": (_NONE, "is not supported here; put their text into messages"),
         "add_special_tokens": (_NONE, "must be false: the chat template writes the special tokens"),
         "echo": (_NONE, "must be false; it belongs to POST /v1/completions"),
@@ -171,6 +171,9 @@ class ChatCompletionRequest(OpenAIFields, _Conversation):
     logprobs: bool = Field(False, description="true or false")
     top_logprobs: int = Field(
         0, ge=0, le=MAX_LOGPROBS, description=f"an integer from 0 to {MAX_LOGPROBS}, with logprobs true"
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default={}, max_length=MAX_TEMPLATE_VARIABLES, description="an object of variables for the chat template"
     )
     add_generation_prompt: bool = Field(True, description="true or false")
     continue_final_message: bool = Field(False, description="true or false; true needs add_generation_prompt false")

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.chat_template import ChatTemplate
 from server.schemas.openai import ChatCompletionRequest, CompletionRequest
-from tests.server.conftest import make_app
+from tests.server.conftest import client_for, make_app
 from tests.server.fake_engine import FakeEngine, fake_prompt_logprob, says
 from tests.server.hostile_bodies import CANARY
 from tests.server.openai_requests import CHAT, COMPLETIONS, HELLO, ROUTES, ask, check_error, post, stream
@@ -268,6 +269,19 @@ async def test_messages_of_every_form(engine: FakeEngine) -> None:
     big = FakeEngine(max_model_len=4096)
     await ask(big, CHAT, messages=long, max_tokens=1)
     assert len(big.submitted[0].prompt) == len("<user>\n<assistant>") + 3000
+
+
+async def test_variables_for_the_template(engine: FakeEngine) -> None:
+    app = make_app(engine)
+    source = "{{ messages[0].content }}{{ add_generation_prompt }}{{ '+' if enable_thinking else '-' }}"
+    app.state.services.chat_template = ChatTemplate(source)
+    async with client_for(app) as client:
+        for variables in ({"enable_thinking": True}, {"messages": [], "add_generation_prompt": "x"}, {}):
+            response = await client.post(CHAT, json={"messages": HELLO, "chat_template_kwargs": variables})
+            assert response.status_code == 200
+        refused = await client.post(CHAT, json={"messages": HELLO, "chat_template_kwargs": {"a": ["<|endoftext|>"]}})
+    assert [bytes(each.prompt) for each in engine.submitted] == [b"hiTrue+", b"hiTrue-", b"hiTrue-"]
+    check_error(refused, 400, "invalid_request", "messages")
 
 
 async def test_the_last_message_can_be_continued(engine: FakeEngine) -> None:
