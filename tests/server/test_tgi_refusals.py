@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from typing import Any
 
 import httpx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from model.sampling_params import SamplingParams
+from server.schemas.tgi import TgiParameters
 from tests.server.conftest import client_for, make_app
-from tests.server.fake_engine import FakeEngine, Plan, says
+from tests.server.fake_engine import FakeEngine, Plan, Script, says
 from tests.server.tgi_clients import events, post
 
 pytestmark = pytest.mark.anyio
@@ -122,3 +127,66 @@ async def test_a_key_is_asked_for_on_every_route() -> None:
     async with client_for(make_app(FakeEngine(), keys=["correct-horse"])) as client:
         for path in ("/", "/generate", "/generate_stream", "/tokenize", "/detokenize"):
             assert (await client.post(path, json={"inputs": "a"})).status_code == 401
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=4,
+)
+_SENSIBLE = st.sampled_from([0, 1, 2, 0.5, True, False, None, "a", ["a"], [], {"type": "regex", "value": "a"}])
+_PARAMETERS = st.dictionaries(st.sampled_from(sorted(TgiParameters.model_fields)), _SENSIBLE | _JSON, max_size=6)
+
+
+def test_any_parameters_are_answered_or_refused() -> None:
+    with asyncio.Runner() as runner:
+        client = client_for(make_app(FakeEngine(says("hello world"))))
+
+        @settings(max_examples=300, deadline=None)
+        @given(_PARAMETERS | _JSON, st.sampled_from(["/", "/generate", "/generate_stream"]), st.booleans())
+        def check(parameters: Any, path: str, stream: bool) -> None:
+            raw = json.dumps({"inputs": CANARY, "parameters": parameters, "stream": stream})  # NaN and all
+            response = runner.run(client.post(path, content=raw, headers={"content-type": "application/json"}))
+            if response.status_code == 200:
+                assert "generated_text" in response.text
+            else:
+                check_error(response, 422, "validation")
+
+        check()
+        runner.run(client.aclose())
+
+
+def endless(taken: asyncio.Event) -> Script:
+    """Takes seconds, and tells when it was begun."""
+
+    def script(prompt: list[int], params: SamplingParams) -> Plan:
+        taken.set()
+        return Plan([[97]] * params.max_tokens, delay=0.05)
+
+    return script
+
+
+async def test_a_client_that_leaves_frees_its_request() -> None:
+    for path in ("/generate", "/generate_stream"):
+        taken = asyncio.Event()
+        engine = FakeEngine(endless(taken))
+        app = make_app(engine)
+        body = json.dumps({"inputs": "a"}).encode()
+        incoming: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        incoming.put_nowait({"type": "http.request", "body": body, "more_body": False})
+        sent: list[Any] = []
+
+        async def send(message: Any, sent: list[Any] = sent) -> None:
+            sent.append(message)
+
+        headers = [(b"content-type", b"application/json"), (b"host", b"localhost")]
+        scope = {
+            "type": "http", "http_version": "1.1", "method": "POST", "path": path, "raw_path": path.encode(),
+            "headers": headers, "query_string": b"", "root_path": "", "scheme": "http", "server": ("localhost", 80),
+        }  # fmt: skip
+        task = asyncio.create_task(app(scope, incoming.get, send))
+        await asyncio.wait_for(taken.wait(), 5)
+        incoming.put_nowait({"type": "http.disconnect"})
+        await asyncio.wait_for(task, 5)
+        assert not engine.live
+        assert engine.submitted[0].aborted

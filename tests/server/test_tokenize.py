@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 import tokenizers
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers, processors
 
@@ -41,22 +41,25 @@ def bos_tokenizer(folder: Any) -> Tokenizer:
     return Tokenizer.load(folder)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(text=TEXT, add_special_tokens=st.booleans())
-def test_round_trip(text: str, add_special_tokens: bool) -> None:
+def test_round_trip() -> None:
     tokenizer = Tokenizer.gpt2()
+    with asyncio.Runner() as runner:
+        client = client_with(tokenizer)
 
-    async def there_and_back() -> None:
-        async with client_with(tokenizer) as client:
-            body = {"text": text, "add_special_tokens": add_special_tokens, "return_token_strs": True}
-            answer = (await client.post("/tokenize", json=body)).json()
+        def ask(path: str, **body: Any) -> Any:
+            return runner.run(client.post(path, json=body)).json()
+
+        @settings(max_examples=100, deadline=None)
+        @given(text=TEXT, add_special_tokens=st.booleans())
+        def check(text: str, add_special_tokens: bool) -> None:
+            answer = ask("/tokenize", text=text, add_special_tokens=add_special_tokens, return_token_strs=True)
             assert answer["tokens"] == tokenizer.encode(text)
             assert answer["count"] == len(answer["tokens"]) == len(answer.pop("token_strs"))
-            assert answer == (await client.post("/tokenize", json={"prompt": text})).json()
-            back = (await client.post("/detokenize", json={"tokens": answer["tokens"]})).json()
-            assert back == {"text": text, "prompt": text}
+            assert answer == ask("/tokenize", prompt=text)
+            assert ask("/detokenize", tokens=answer["tokens"]) == {"text": text, "prompt": text}
 
-    asyncio.run(there_and_back())
+        check()
+        runner.run(client.aclose())
 
 
 async def test_the_answer(client: httpx.AsyncClient) -> None:
