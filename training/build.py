@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,14 @@ from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from training.config import ModelSection, TrainConfig
 from training.errors import RecipeError
-from training.init_from import bias_switches, config_from_folder, round_up, section_values, weights_from_folder
+from training.init_from import (
+    bias_switches,
+    config_from_folder,
+    round_up,
+    section_values,
+    start_folder,
+    weights_from_folder,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _REQUIRED = ("num_layers", "num_heads", "hidden_size", "max_seq_len")
@@ -53,7 +59,7 @@ def make_model_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
     """
     section = config.model
     if section.init_from is not None:
-        model_config = config_from_folder(Path(section.init_from), config, tokenizer)
+        model_config = config_from_folder(start_folder(section.init_from), config, tokenizer)
     else:
         try:
             model_config = _from_section(section, tokenizer)
@@ -77,7 +83,7 @@ def make_model(config: TrainConfig, model_config: ModelConfig) -> Transformer:
     if config.model.init_from is None:
         model.init_weights(config.train.seed)
         return model
-    model.load_state_dict(weights_from_folder(Path(config.model.init_from), model_config, config.train.seed))
+    model.load_state_dict(weights_from_folder(start_folder(config.model.init_from), model_config, config.train.seed))
     return model
 
 

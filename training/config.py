@@ -52,7 +52,7 @@ class ModelSection:
     """
 
     init_from: str | None = _option(
-        None, "Hugging Face folder whose weights training starts from; sizes and dropout are then the folder's"
+        None, "folder in Hugging Face's format, or a name on the Hub, to start from; it also decides sizes and dropout"
     )
     preset: str | None = _option(None, "a shape by name, such as gpt2, gpt2-medium, llama-tiny or shakespeare-char")
     architecture: Literal["gpt2", "openai-gpt", "llama", "mistral", "qwen2", "qwen3"] | None = _option(

@@ -1,4 +1,4 @@
-"""Training that goes on from other weights: `model.init_from` names the folder.
+"""Training that goes on from other weights: `model.init_from` is a folder, or a model's name on the Hub.
 
 The data's tokenizer must be the folder's, or be it with tokens added behind its vocabulary (`prepare --tokenizer FOLDER
 --add-token …` or `--control …`): the embedding then gets rows for them. Steps, learning rate and optimiser start anew.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from model.checkpoint import load_config, load_model
 from model.config import ModelConfig
-from model.errors import ConfigError
+from model.errors import CheckpointError, ConfigError, HubError
+from model.hub import resolve_model
 from model.manifest import weights_digest
 from model.resize import resize_vocabulary
 from model.tokenizer import Tokenizer
@@ -28,6 +30,18 @@ from training.errors import RecipeError
 _PRODUCTS = ("qkv_bias", "o_bias", "mlp_bias")
 # Models pad their vocabulary for speed; a larger difference is another tokenizer.
 _MOST_PADDING = 1_024
+
+
+@cache
+def start_folder(init_from: str) -> Path:
+    """The folder of `model.init_from`: one for the whole run, even if a branch on the Hub moves meanwhile.
+
+    Raises RecipeError for what is neither a folder nor a name, or cannot be fetched.
+    """
+    try:
+        return resolve_model(init_from)
+    except (CheckpointError, HubError) as error:
+        raise RecipeError(f"model.init_from: {error}") from None
 
 
 def config_from_folder(folder: Path, config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:

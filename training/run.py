@@ -26,7 +26,7 @@ from training.data.dataset import Dataset, make_loader, open_dataset
 from training.distributed import Distributed, init_distributed
 from training.errors import RecipeError
 from training.generate import prompt_ids
-from training.init_from import describe_start
+from training.init_from import describe_start, start_folder
 from training.launch import keep_freed_memory, one_voice
 from training.lora import add_adapters
 from training.optim import build_optimizers
@@ -85,7 +85,7 @@ def run_on_rank(config: TrainConfig, resume: Resume, console: Console, distribut
         where = f"{distributed.world_size} × {distributed.device}" if distributed.world_size > 1 else distributed.device
         report.line(f"run {trainer.run_id}: {count} on {where}, from step {trainer.progress.step}")
         if config.model.init_from is not None and trainer.progress.step == 0 and distributed.is_main:
-            report.line(describe_start(Path(config.model.init_from), inputs.dataset.tokenizer))
+            report.line(describe_start(start_folder(config.model.init_from), inputs.dataset.tokenizer))
         finished = trainer.run()
         report.line(f"{'finished' if finished else 'stopped and saved'} at step {trainer.progress.step}")
     return finished
@@ -164,7 +164,7 @@ def _parent(config: TrainConfig, found: FoundState | None) -> str | None:
         last = read_manifest(Path(config.run.dir) / "checkpoints" / "last") if found is not None else None
         if last is not None and last.provenance.parent is not None:
             return last.provenance.parent
-    return weights_digest(Path(config.model.init_from))
+    return weights_digest(start_folder(config.model.init_from))
 
 
 def _find_state(

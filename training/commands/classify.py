@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from training.commands.options import DeviceOption, DtypeOption, JsonFlag, print_result
+from training.commands.options import DeviceOption, DtypeOption, JsonFlag, model_folder, print_result
 
 
 def classify_command(
@@ -37,7 +37,7 @@ def classify_command(
         raise RecipeError("give either --text, as often as there are texts, or --input with a file of them")
     texts, labels = (text or [], None) if input is None else read_texts(input, Columns(text_column, label_column))
     found = classify_texts(
-        checkpoint, texts, labels, batch_size=batch_size, device=device, dtype=DTYPES[dtype]
+        model_folder(checkpoint), texts, labels, batch_size=batch_size, device=device, dtype=DTYPES[dtype]
     )  # fmt: skip
     values = {
         "results": [{"label": each.label, "score": each.score, "scores": each.scores} for each in found.items],

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from training.commands.options import DeviceOption, DtypeOption, JsonFlag
+from training.commands.options import DeviceOption, DtypeOption, JsonFlag, model_folder
 from training.errors import RecipeError
 from training.evaluation.result_tables import generation_table, hellaswag_table, prediction_table
 from training.evaluation.tables import ResultTable, require_writable, show
@@ -24,7 +24,9 @@ _OUTPUT = "Output"
 
 
 def evaluate(
-    checkpoint: Annotated[Path | None, typer.Argument(help="checkpoint folder; --samples alone needs none")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="checkpoint folder or name on the Hub; --samples alone needs none")
+    ] = None,
     more: Annotated[list[Path] | None, typer.Argument(help="further files of --text", metavar="TEXT")] = None,
     data: Annotated[
         Path | None, typer.Option(help="prepared data folder, or raw token files", rich_help_panel=_PREDICTION)
@@ -135,7 +137,7 @@ def evaluate(
             from training.build import DTYPES
             from training.evaluate import TextSource, open_checkpoint
 
-            loaded = open_checkpoint(checkpoint, device=device, dtype=DTYPES[dtype])
+            loaded = open_checkpoint(model_folder(checkpoint), device=device, dtype=DTYPES[dtype])
             if data is not None or texts:
                 source = TextSource(data, split, texts, text_key or ("text",))
                 values |= loaded.evaluate(

@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from training.commands.options import JsonFlag, print_result
+from training.commands.options import JsonFlag, model_folder, print_result
 
 
 def export(
-    source: Annotated[Path, typer.Argument(help="checkpoint folder, or a run folder")],
+    source: Annotated[Path, typer.Argument(help="checkpoint folder, a run folder, or a name on the Hub")],
     out: Annotated[Path, typer.Option(help="folder to write; new or empty")],
     which: Annotated[str | None, typer.Option(help="of a run folder: best (the default), last or step-N")] = None,
     dtype: Annotated[
@@ -25,7 +25,7 @@ def export(
     from training.export import export_checkpoint, parse_size
 
     result = export_checkpoint(
-        source, out, which=which, dtype=None if dtype == "auto" else DTYPES[dtype],
+        model_folder(source), out, which=which, dtype=None if dtype == "auto" else DTYPES[dtype],
         max_shard_bytes=parse_size(max_shard_size),
     )  # fmt: skip
     saved_as, facts = str(result.dtype).removeprefix("torch."), result.manifest.provenance

@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from training.commands.options import DeviceOption, JsonFlag, print_result
+from training.commands.options import DeviceOption, JsonFlag, model_folder, print_result
 
 
 def finetune_classify(
-    init_from: Annotated[Path, typer.Option(help="checkpoint folder of a language model")],
+    init_from: Annotated[Path, typer.Option(help="checkpoint folder of a language model, or its name on the Hub")],
     input: Annotated[Path, typer.Option(help=".tsv, .csv or .jsonl, also .gz or .zst: a text and a label in each row")],
     out: Annotated[Path, typer.Option(help="folder to write; new or empty")],
     text_column: Annotated[
@@ -49,9 +49,9 @@ def finetune_classify(
     from training.tasks.classification_save import describe
 
     request = FinetuneRequest(
-        init_from, input, out, Columns(text_column, label_column), epochs=epochs, lr=lr, batch_size=batch_size,
-        weight_decay=weight_decay, val_fraction=val_fraction, test_fraction=test_fraction, seed=seed,
-        max_seq_len=max_seq_len, freeze_layers=freeze_layers, dtype=dtype, device=device,
+        model_folder(init_from), input, out, Columns(text_column, label_column), epochs=epochs, lr=lr,
+        batch_size=batch_size, weight_decay=weight_decay, val_fraction=val_fraction, test_fraction=test_fraction,
+        seed=seed, max_seq_len=max_seq_len, freeze_layers=freeze_layers, dtype=dtype, device=device,
     )  # fmt: skip
     stop = StopSignals()
     with stop.installed():

@@ -9,12 +9,12 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from training.commands.options import JsonFlag, print_result
-from training.launch import share_cores
+from training.commands.options import JsonFlag, model_folder, print_result
+from training.launch import one_voice, share_cores
 
 
 def finetune_instruct(
-    init_from: Annotated[Path, typer.Option(help="checkpoint folder to start from")],
+    init_from: Annotated[Path, typer.Option(help="checkpoint folder to start from, or a name on the Hub")],
     input: Annotated[
         list[str],
         typer.Option("--input", help='JSON array or JSON lines (also .gz, .zst) of {"instruction", "input", "output"} '
@@ -52,6 +52,8 @@ def finetune_instruct(
     share_cores()
     from training.tasks.instruct import InstructRequest, finetune
 
+    with one_voice():
+        init_from = model_folder(init_from)
     request = InstructRequest(
         init_from=init_from, inputs=tuple(input), out=out, epochs=epochs, lr=lr, batch_size=batch_size,
         max_seq_len=max_seq_len, template=template, packing=packing, lora_rank=lora_rank, val_fraction=val_fraction,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from training.commands import generate_options as options
-from training.commands.options import DeviceOption, DtypeOption, JsonFlag, print_result
+from training.commands.options import DeviceOption, DtypeOption, JsonFlag, model_folder, print_result
 from training.launch import share_cores
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ _ONLY_WITH = {
 
 def generate_command(
     context: typer.Context,
-    checkpoint: Annotated[Path, typer.Argument(help="checkpoint folder")],
+    checkpoint: Annotated[Path, typer.Argument(help="checkpoint folder, or a name on the Hub")],
     prompt: options.Prompt = "",
     prompts: options.Prompts = None,
     control: options.Control = None,
@@ -99,7 +99,7 @@ def generate_command(
         chat=chat, system=system, echo=echo, stream=stream,
     )  # fmt: skip
     run = _converse if interactive else _continue
-    run(checkpoint, job, out=out, verbose=verbose, device=device, dtype=dtype, as_json=as_json)
+    run(model_folder(checkpoint), job, out=out, verbose=verbose, device=device, dtype=dtype, as_json=as_json)
 
 
 def _continue(

@@ -7,12 +7,14 @@ from typing import Annotated
 
 import typer
 
-from training.commands.options import DeviceOption, JsonFlag, print_result
+from training.commands.options import DeviceOption, JsonFlag, model_folder, print_result
 from training.launch import share_cores
 
 
 def selftest_command(
-    checkpoint: Annotated[Path | None, typer.Argument(help="checkpoint folder; without it, a fresh preset")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="checkpoint folder or name on the Hub; without it, a fresh preset")
+    ] = None,
     preset: Annotated[str | None, typer.Option(help="shape of the fresh model; tiny if none is named")] = None,
     device: DeviceOption = "auto",
     as_json: JsonFlag = False,
@@ -26,7 +28,7 @@ def selftest_command(
 
     if checkpoint is not None and preset is not None:
         raise RecipeError(f"--preset has no meaning for {checkpoint}; leave out one of them")
-    subject = load_subject(checkpoint, preset or "tiny", device)
+    subject = load_subject(None if checkpoint is None else model_folder(checkpoint), preset or "tiny", device)
     checks = run_checks(subject)
     passed = all(check.passed for check in checks)
     width = max(len(check.name) for check in checks)

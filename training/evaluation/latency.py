@@ -69,7 +69,8 @@ class OpenedModel:
 
 
 def open_model(name: str, *, device: str, dtype: torch.dtype) -> OpenedModel:
-    """A checkpoint folder's model, or a preset's with random weights, as `generate` and the server run it.
+    """A checkpoint folder's model, that of an owner/name on the Hub, or a preset's with random weights, as `generate`
+    and the server run it.
 
     Raises RecipeError for a name that is neither, ConfigError or CheckpointError for a folder that cannot be loaded.
     """
@@ -82,7 +83,7 @@ def open_model(name: str, *, device: str, dtype: torch.dtype) -> OpenedModel:
 
 
 def _load(name: str, device: torch.device, dtype: torch.dtype) -> Transformer:
-    if Path(name).is_dir():
+    if Path(name).is_dir() or "/" in name:  # a bare name means a preset
         return load_model(name, dtype=dtype, device=device)
     if name not in PRESETS and name not in PRESET_ALIASES:
         known = ", ".join([*PRESETS, *PRESET_ALIASES])
