@@ -169,3 +169,29 @@ def test_random_schedules(seed: int) -> None:
             if wanted:
                 seq.token_ids.append(rng.randrange(50))
         living = [seq for seq in living if len(seq.token_ids) < MAX_LEN]
+
+
+def scored(request_id: int, prompt: int, *, max_tokens: int, start: int = 1, blocks: list[int]) -> Sequence:
+    ids = [1000 * request_id + position for position in range(prompt)]
+    params = SamplingParams(max_tokens=max_tokens)
+    seq = Sequence(request_id, ids, params, (), MAX_LEN, 0.0, prompt_logprobs=0, prompt_logprobs_start=start)
+    seq.block_table = blocks
+    return seq
+
+
+def test_scored_rows_stand_among_the_sampled_ones() -> None:
+    decode = sequence(1, 6, computed=7, output=2, blocks=[5, 3])
+    part = scored(2, 9, max_tokens=0, start=3, blocks=[0, 1])
+    whole = scored(3, 3, max_tokens=4, blocks=[9])
+    plain = sequence(4, 2, blocks=[2])
+    again = scored(5, 3, max_tokens=4, blocks=[4])
+    assert again.prompt_score is not None
+    again.prompt_score.take(0, 3)  # before it was preempted
+    inputs = new_builder().build(batch_of([decode], [(part, 4), (whole, 3), (plain, 2), (again, 3)]))
+    assert inputs.input_ids.tolist() == [1007, 2000, 2001, 2002, 2003, 3000, 3001, 3002, 4000, 4001, 5000, 5001, 5002]
+    assert inputs.sample_rows.tolist() == [0, 3, 4, 5, 6, 7, 9, 12]
+    assert inputs.sample_positions.tolist() == [2, 0, 0, 0]
+    assert inputs.score is not None
+    assert inputs.sample_rows[inputs.score.sampled].tolist() == [0, 7, 9, 12]
+    assert inputs.input_ids[inputs.sample_rows[inputs.score.scored]].tolist() == [2002, 2003, 3000, 3001]
+    assert inputs.score.targets.tolist() == [2003, 2004, 3001, 3002]
