@@ -122,9 +122,13 @@ function defaultOf(control) {
 
 function setText(control, text) {
   if (control.type === "checkbox") control.checked = text === "true";
-  else if (control.tagName !== "SELECT" || [...control.options].some((option) => option.value === text)) {
-    control.value = text;
-  }
+  else if (accepts(control, text)) control.value = text;
+}
+
+/** Whether a control can hold that text: links come from anywhere. */
+function accepts(control, text) {
+  if (control.tagName === "SELECT") return [...control.options].some((option) => option.value === text);
+  return control.type !== "number" || !Number.isNaN(Number(text));
 }
 
 /** A slider moves its number field and follows it; the field is what counts and what assistive tools see. */

@@ -4,7 +4,8 @@
 import { make } from "./dom.js";
 import { percent, probability, visible } from "./tokens.js";
 
-const MARGIN = 8; // pixels to the edge of the window
+const MARGIN = 8; // pixels to the token and to the edge of the window
+const LEAST_HEIGHT = 80; // pixels; what is beyond scrolls
 const CLOSE_DELAY = 150; // milliseconds, to move from the token onto its card
 const MAX_SHOWN = 4; // tokens of one piece of text
 
@@ -135,13 +136,17 @@ function spoken(tokens, text) {
   return `${visible(text)}, ${percent(probability(tokens))}${instead ? `; instead: ${instead}` : ""}`;
 }
 
-/** Below the token, or above where there is no room, inside the window. */
+/** Below the token, or above where there is more room, inside the window and never over the token. */
 function place(card, element) {
   const token = element.getClientRects()[0] ?? element.getBoundingClientRect();
+  card.style.maxHeight = "none";
   const { width, height } = card.getBoundingClientRect();
-  const left = Math.min(Math.max(token.left, MARGIN), window.innerWidth - width - MARGIN);
-  const below = token.bottom + MARGIN;
-  const top = below + height > window.innerHeight - MARGIN ? token.top - height - MARGIN : below;
+  const below = window.innerHeight - token.bottom - 2 * MARGIN;
+  const above = token.top - 2 * MARGIN;
+  const under = height <= below || below >= above;
+  const shown = Math.min(height, Math.max(under ? below : above, LEAST_HEIGHT));
+  const left = Math.min(token.left, window.innerWidth - width - MARGIN);
+  card.style.maxHeight = `${shown}px`;
   card.style.left = `${Math.max(left, MARGIN)}px`;
-  card.style.top = `${Math.max(top, MARGIN)}px`;
+  card.style.top = `${under ? token.bottom + MARGIN : token.top - shown - MARGIN}px`;
 }
