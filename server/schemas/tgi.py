@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from model.sampling_params import MAX_LOGPROBS, MAX_SEED
 from server.schemas.sampling import MAX_CHOICES, MAX_STOP_LENGTH, MAX_STOPS, MAX_TOKEN_ID, Stop
+from server.schemas.tokenize import MAX_CHARACTERS
 
 _YES_NO = "true, false or null"
 
@@ -63,4 +64,4 @@ class TgiRequest(BaseModel):
 class TgiTokenizeRequest(TgiRequest):
     """POST /tokenize with TGI's body, of which only the text counts."""
 
-    inputs: str = Field(description="a string")
+    inputs: str = Field(max_length=MAX_CHARACTERS, description=f"a string of up to {MAX_CHARACTERS} characters")

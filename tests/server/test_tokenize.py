@@ -16,6 +16,7 @@ from tokenizers import models, pre_tokenizers, processors
 
 from model.tokenizer import Tokenizer
 from server.app import create_app
+from server.schemas.tokenize import MAX_CHARACTERS, MAX_TOKENS
 from server.tokenization import place_tokens
 from tests.server.conftest import client_for, make_settings
 from tests.server.fake_engine import EOS, FakeEngine
@@ -161,3 +162,18 @@ async def test_what_is_not_served_or_not_ready_or_not_in_the_vocabulary() -> Non
         assert (response.status_code, response.json()["error"]["param"]) == (422, "prompt")
         tgi = await client.post("/tokenize", json={"inputs": "abc"})
         assert (tgi.status_code, tgi.json()["error_type"]) == (422, "validation")
+
+
+async def test_limits(client: httpx.AsyncClient) -> None:
+    for body, param in (
+        ({"text": "a" * MAX_CHARACTERS}, "text"),
+        ({"prompt": "a" * MAX_CHARACTERS}, "prompt"),
+        ({"tokens": [97] * MAX_TOKENS}, "tokens"),
+    ):
+        path = "/detokenize" if param == "tokens" else "/tokenize"
+        assert (await client.post(path, json=body)).status_code == 200
+        over = await client.post(path, json={param: body[param] + body[param][:1]})  # type: ignore[operator]
+        assert over.status_code == 422
+        assert str(MAX_CHARACTERS) in over.json()["error"]["message"]
+    over = await client.post("/tokenize", json={"inputs": "a" * (MAX_CHARACTERS + 1)})
+    assert (over.status_code, over.json()["error_type"]) == (422, "validation")
