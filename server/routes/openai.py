@@ -76,7 +76,7 @@ async def _answer(
         provenance=provenance(services.ready_info),
     )
     generation = start_generation(prompts, services)
-    answer_format = make_format(source, generation, model.tokenizer, include_usage=body.include_usage)
+    answer_format = make_format(source, generation, model.tokenizer, body)
     if body.stream:
         return StreamedGeneration(generation, answer_format, services.heartbeat)
     try:

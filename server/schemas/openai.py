@@ -45,6 +45,7 @@ _UNSUPPORTED: Unsupported = {
     "guided_regex": (_NONE, _REFUSED),
     "guided_choice": (_NONE, _REFUSED),
     "guided_grammar": (_NONE, _REFUSED),
+    "return_tokens_as_token_ids": (_NONE, "must be false; use return_token_ids"),
 }
 
 
@@ -75,6 +76,8 @@ class OpenAIFields(SamplingFields):
         kept = {name: value for name, value in data.items() if value is not None or name == "max_tokens"}
         top_k = kept.get("top_k")
         return kept | {"top_k": 0} if type(top_k) is int and top_k == -1 else kept
+
+    return_token_ids: bool = Field(False, description="true or false")
 
     @property
     def include_usage(self) -> bool:

@@ -260,6 +260,23 @@ async def test_a_prompt_can_be_scored_and_no_more(engine: FakeEngine) -> None:
     check_error(response, 400, "context_length_exceeded", "prompt")
 
 
+@ROUTES
+async def test_token_ids_where_they_are_asked_for(route: str, engine: FakeEngine) -> None:
+    engine.script = says("ab", end=True)
+    answer = await ask(engine, route, n=2, return_token_ids=True)
+    prompt = engine.submitted[0].prompt
+    events = await stream(engine, route, n=2, return_token_ids=True)
+    firsts = [event for event in events if "prompt_token_ids" in (event if route == CHAT else event["choices"][0])]
+    assert len(firsts) == 2
+    for index, choice in enumerate(answer["choices"]):
+        parts = [part for event in events for part in event["choices"] if part["index"] == index]
+        assert choice["token_ids"] == [*b"ab", 256]
+        assert [token_id for part in parts for token_id in part.get("token_ids", [])] == choice["token_ids"]
+        for told in (answer, firsts[index]) if route == CHAT else (choice, firsts[index]["choices"][0]):
+            assert told["prompt_token_ids"] == prompt
+    assert "token_ids" not in (await post(engine, route)).text
+
+
 async def test_messages_of_every_form(engine: FakeEngine) -> None:
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     messages = [{"role": "developer", "content": "be brief"}, {"role": "user", "content": parts, "name": "Ann"}]

@@ -216,7 +216,7 @@ FIELDS = {
 }  # fmt: skip
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     route=st.sampled_from([COMPLETIONS, CHAT]),
     fields=st.dictionaries(st.sampled_from(sorted(FIELDS)), JSON_VALUES, max_size=4),
