@@ -6,7 +6,6 @@ A row's results do not depend, to the bit, on what else is in the step: see mode
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -52,14 +51,14 @@ class CPUDecoder:
         if library is None or not self.supports(model.config, model.dtype):
             raise ConfigError("the compiled CPU kernels cannot run this model")
         self.config, self.dtype = model.config, model.dtype
-        self.max_rows = max_rows
         self._library = library
         self._weights = _INT8 if quantization == "int8" else _WEIGHTS[self.dtype]
         self._alive: list[object] = []  # what the structures point to
         self._decoder = Decoder()
+        self._workspace: list[Tensor] = []
         self._describe()
         self._take_weights(model)
-        self._make_workspace()
+        self.reserve(max_rows)
 
     @staticmethod
     def supports(config: ModelConfig, dtype: torch.dtype) -> bool:
@@ -77,6 +76,29 @@ class CPUDecoder:
             layer.key_cache, layer.value_cache = keys.data_ptr(), values.data_ptr()
         self._decoder.block_size = cache.block_size
         self._cache = cache
+
+    def reserve(self, max_rows: int) -> None:
+        """Make room for steps of so many tokens. Padding is read, so all is zero; pages are taken as rows need them."""
+        decoder = self._decoder
+        if max_rows <= decoder.max_rows:
+            return
+        decoder.max_rows, self._workspace = max_rows, []
+        decoder.x = self._allocate(decoder.hidden_stride, torch.float32)
+        decoder.input = self._allocate(decoder.hidden_stride, self.dtype)
+        decoder.qkv = self._allocate(decoder.qkv_stride, self.dtype)
+        decoder.attended = self._allocate(decoder.q_size, self.dtype)
+        decoder.inner = self._allocate(decoder.inner_stride, self.dtype)
+        if self._weights == _INT8:
+            widest = max(self.config.hidden_size, self.config.intermediate_size, decoder.q_size)
+            decoder.bytes_stride = _padded(widest)
+            decoder.bytes = self._allocate(decoder.bytes_stride, torch.int8)
+            decoder.row_scales = self._allocate(-(-widest // GROUP), torch.float32)
+            decoder.row_starts = self._allocate(-(-widest // GROUP), torch.int32)
+
+    def _allocate(self, width: int, dtype: torch.dtype) -> int:
+        # Vector loads may reach past the last row's end.
+        self._workspace.append(torch.zeros(self._decoder.max_rows * width + PANEL, dtype=dtype))
+        return self._workspace[-1].data_ptr()
 
     def forward(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, rows: Tensor) -> Tensor:
         """Write the keys and values of input_ids [N] at positions [N], and return the hidden states [rows, D].
@@ -131,7 +153,7 @@ class CPUDecoder:
         decoder.vocab_size, decoder.max_seq_len = config.vocab_size, config.max_seq_len
         decoder.num_heads, decoder.num_kv_heads = config.num_heads, config.num_kv_heads
         decoder.head_dim, decoder.window = config.head_dim, config.sliding_window or 0
-        decoder.max_rows, decoder.norm_eps, decoder.weights = self.max_rows, config.norm_eps, self._weights
+        decoder.norm_eps, decoder.weights = config.norm_eps, self._weights
         decoder.is_rms_norm, decoder.is_norm_first = config.norm == "rmsnorm", config.norm_first
         decoder.is_gated, decoder.activation = config.gated_mlp, _ACTIVATIONS[config.activation]
 
@@ -223,25 +245,6 @@ class CPUDecoder:
 
     def _pad_columns(self, table: Tensor) -> Tensor:
         return _pad(table.to(self.dtype), PANEL)
-
-    def _make_workspace(self) -> None:
-        """Zeroed, since padding is read; pages are only taken once rows reach them."""
-        decoder, rows = self._decoder, self.max_rows
-        # Vector loads may reach past the last row's end.
-        allocate: Callable[[int, torch.dtype], int] = lambda width, dtype: self._keep(  # noqa: E731
-            torch.zeros(rows * width + PANEL, dtype=dtype)
-        )
-        decoder.x = allocate(decoder.hidden_stride, torch.float32)
-        decoder.input = allocate(decoder.hidden_stride, self.dtype)
-        decoder.qkv = allocate(decoder.qkv_stride, self.dtype)
-        decoder.attended = allocate(decoder.q_size, self.dtype)
-        decoder.inner = allocate(decoder.inner_stride, self.dtype)
-        if self._weights == _INT8:
-            widest = max(self.config.hidden_size, self.config.intermediate_size, decoder.q_size)
-            decoder.bytes_stride = _padded(widest)
-            decoder.bytes = allocate(decoder.bytes_stride, torch.int8)
-            decoder.row_scales = allocate(-(-widest // GROUP), torch.float32)
-            decoder.row_starts = allocate(-(-widest // GROUP), torch.int32)
 
     def _keep(self, tensor: Tensor) -> int:
         """Keep a tensor as long as this decoder, and return its address."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.dense_cache import DenseKVCache
 from model.errors import QuillError
+from model.paged_attention import PagedBatch
 from model.sampling import Sampler, SamplerOutput, SamplingRow
 from model.sampling_params import SamplingParams
 
@@ -26,14 +27,19 @@ class PromptError(QuillError):
 
 
 class CausalModel(Protocol):
-    """What generating needs of a model; `model.transformer.Transformer` has it."""
+    """What generating needs of a model; Transformer and PackedModel have it."""
 
     config: ModelConfig
 
     @property
     def device(self) -> torch.device: ...
 
+    @property
+    def dtype(self) -> torch.dtype: ...
+
     def __call__(self, input_ids: Tensor, cache: DenseKVCache | None = None) -> Tensor: ...
+
+    def forward_paged(self, input_ids: Tensor, positions: Tensor, paged: PagedBatch) -> Tensor: ...
 
     def compute_logits(self, hidden: Tensor) -> Tensor: ...
 

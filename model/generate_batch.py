@@ -1,7 +1,7 @@
 """Many sequences at once: each step is one forward pass over all that run, whatever their lengths.
 
 A sequence that ends leaves, and a waiting one takes its place in the next step. On the CPU with packed weights
-(`Transformer.pack_for_cpu`) a sequence's tokens are, to the bit, those that `generate()` gives it alone; elsewhere
+(`model.packed_model.pack_model`) a sequence's tokens are, to the bit, those that `generate()` gives it alone; elsewhere
 products of other sizes may round differently, and a tie may fall the other way.
 """
 
@@ -15,12 +15,19 @@ import torch
 from torch import Tensor
 
 from model.backends import select_backend
-from model.generate import GeneratedToken, GenerationOutput, check_prompt, end_ids, finish_reason_of, token_logprobs
+from model.generate import (
+    CausalModel,
+    GeneratedToken,
+    GenerationOutput,
+    check_prompt,
+    end_ids,
+    finish_reason_of,
+    token_logprobs,
+)
 from model.kv_cache import PagedKVCache
 from model.paged_attention import AttentionMetadata, PagedBatch
 from model.sampling import Sampler, SamplingBatch, SamplingRow
 from model.sampling_params import SamplingParams
-from model.transformer import Transformer
 
 BLOCK_SIZE = 16
 MAX_PROMPT_TOKENS = 4_096
@@ -66,7 +73,7 @@ class BatchGenerator:
 
     def __init__(
         self,
-        model: Transformer,
+        model: CausalModel,
         prompts: Sequence[Sequence[int]],
         params: Sequence[SamplingParams],
         *,
@@ -162,7 +169,7 @@ class BatchGenerator:
 
 
 def generate_batch(
-    model: Transformer,
+    model: CausalModel,
     prompts: Sequence[Sequence[int]],
     params: Sequence[SamplingParams],
     *,
@@ -184,7 +191,7 @@ def generate_batch(
 class _RowCache:
     """A paged cache in which row r owns the blocks [r * blocks_each, (r + 1) * blocks_each)."""
 
-    def __init__(self, model: Transformer, rows: int, max_len: int) -> None:
+    def __init__(self, model: CausalModel, rows: int, max_len: int) -> None:
         self._window = model.config.sliding_window
         self._backend = select_backend("auto", model.config, model.device, model.dtype, BLOCK_SIZE)
         blocks_each = -(-max_len // BLOCK_SIZE)

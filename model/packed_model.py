@@ -8,9 +8,21 @@ from torch import Tensor
 from model.cpu_decoder import CPUDecoder
 from model.dense_cache import DenseKVCache
 from model.errors import ConfigError
+from model.generate import CausalModel
+from model.paged_attention import PagedBatch
 from model.transformer import Transformer
 
 _MAX_ROWS = 512
+
+
+def pack_model(model: Transformer) -> CausalModel:
+    """The model as the engine would run it: on a CPU, its weights are taken over and `model` is of no further use."""
+    if model.device.type != "cpu":
+        return model
+    if CPUDecoder.supports(model.config, model.dtype) and CPUDecoder.is_fastest():
+        return PackedModel(model)
+    model.pack_for_cpu()
+    return model
 
 
 class PackedModel:
@@ -21,8 +33,12 @@ class PackedModel:
 
     def __init__(self, model: Transformer, quantization: str = "none") -> None:
         """Raises ConfigError where the compiled kernels cannot run the model."""
-        self.config, self.dtype = model.config, model.dtype
+        self.config = model.config
         self._decoder = CPUDecoder(model, _MAX_ROWS, quantization)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._decoder.dtype
 
     @property
     def device(self) -> torch.device:
@@ -40,12 +56,16 @@ class PackedModel:
         parts = [self._forward(part, cache) for part in input_ids.split(_MAX_ROWS // batch_size, dim=1)]
         return torch.cat(parts, dim=1)
 
+    def forward_paged(self, input_ids: Tensor, positions: Tensor, paged: PagedBatch) -> Tensor:
+        """Hidden states [N, D] of a flattened batch: input_ids and positions are [N]."""
+        self._decoder.reserve(input_ids.numel())
+        self._decoder.bind(paged.cache)
+        rows = torch.arange(paged.metadata.num_tokens)
+        return self._decoder.forward(input_ids, positions, paged.metadata, rows)
+
     def _forward(self, input_ids: Tensor, cache: DenseKVCache) -> Tensor:
         positions, batch = cache.extend(input_ids.shape[1])
-        self._decoder.bind(cache.cache)
-        ids = input_ids.flatten()
-        hidden = self._decoder.forward(ids, positions, batch.metadata, torch.arange(ids.numel()))
-        return hidden.unflatten(0, input_ids.shape)
+        return self.forward_paged(input_ids.flatten(), positions, batch).unflatten(0, input_ids.shape)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] in float32 of hidden states [..., D]."""

@@ -24,11 +24,11 @@ from model.beam_search import BeamParams, beam_search
 from model.chat_template import ChatTemplate, load_chat_template, render_chat
 from model.checkpoint import load_model
 from model.controls import Controls, read_controls
-from model.generate import stream_generate
+from model.generate import CausalModel, stream_generate
 from model.generate_batch import BatchGenerator
+from model.packed_model import pack_model
 from model.sampling_params import MAX_SEED, SamplingParams
 from model.tokenizer import Tokenizer
-from model.transformer import Transformer
 from training.build import resolve_device
 from training.errors import RecipeError
 from training.generation.prompts import prompt_ids
@@ -55,7 +55,7 @@ class TextGenerator:
 
     def __init__(
         self,
-        model: Transformer,
+        model: CausalModel,
         tokenizer: Tokenizer,
         chat_template: ChatTemplate | None = None,
         controls: Controls | None = None,
@@ -70,9 +70,7 @@ class TextGenerator:
         """A checkpoint folder. Raises RecipeError, CheckpointError, ConfigError or TokenizerError."""
         place = resolve_device(device)
         model = load_model(folder, dtype=dtype, device=place)
-        if place.type == "cpu":
-            model.pack_for_cpu()
-        return cls(model, Tokenizer.load(folder), load_chat_template(folder), read_controls(folder))
+        return cls(pack_model(model), Tokenizer.load(folder), load_chat_template(folder), read_controls(folder))
 
     @property
     def max_seq_len(self) -> int:
@@ -181,7 +179,7 @@ def seeded(params: SamplingParams, num_samples: int) -> list[SamplingParams]:
     return [replace(params, seed=(params.seed + number) % (MAX_SEED + 1)) for number in range(num_samples)]
 
 
-def sample(model: Transformer, tokenizer: Tokenizer, prompt: str, params: SamplingParams) -> Sample:
+def sample(model: CausalModel, tokenizer: Tokenizer, prompt: str, params: SamplingParams) -> Sample:
     """At most `params.max_tokens` tokens, fewer where the context ends. Raises PromptError for too long a prompt."""
     builder = TextBuilder(tokenizer, seed=params.seed, eos_token_ids=model.config.eos_token_ids)
     for token in stream_generate(

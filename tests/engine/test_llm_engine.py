@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from model.checkpoint import load_config, load_model
-from model.generate import GenerationOutput, generate
+from model.generate import CausalModel, GenerationOutput, generate
+from model.packed_model import PackedModel
 from model.sampling_params import SamplingParams
 from server.engine.config import EngineConfig
 from server.engine.llm_engine import LLMEngine
@@ -18,13 +19,15 @@ from server.engine.messages import AddRequest, SequenceOutput
 from server.engine.sequence import InvalidSequenceError
 from tests.engine.conftest import VOCAB_SIZE
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfloat16}
 # Room for one full context of 160 tokens and little more, so that sequences preempt each other.
 SMALL_POOL_BLOCKS = 22
 
 
 def make_engine(folder: Path, dtype: str, **changes: object) -> LLMEngine:
     settings: dict[str, object] = {"max_num_seqs": 12, "max_num_batched_tokens": 48} | changes
+    if dtype == "int8":
+        dtype, settings["quantization"] = "bfloat16", "int8"
     return LLMEngine(EngineConfig(str(folder), "test", device="cpu", dtype=dtype, **settings))  # type: ignore[arg-type]
 
 
@@ -80,9 +83,13 @@ def run_under_load(engine: LLMEngine, requests: list[AddRequest]) -> dict[int, t
     return finished
 
 
-def generate_alone(folder: Path, dtype: str, requests: list[AddRequest]) -> dict[int, GenerationOutput]:
-    model = load_model(folder, dtype=DTYPES[dtype])
-    model.pack_for_cpu()
+def generate_alone(
+    folder: Path, dtype: str, requests: list[AddRequest], *, same_kernels: bool = False
+) -> dict[int, GenerationOutput]:
+    """In float32 by torch's own operators; otherwise, where other roundings give other tokens, by the same kernels."""
+    model: CausalModel = load_model(folder, dtype=DTYPES[dtype])
+    if dtype != "float32" or same_kernels:
+        model = PackedModel(model, "int8" if dtype == "int8" else "none")
     with torch.inference_mode():
         return {request.request_id: generate(model, request.prompt_token_ids, request.params) for request in requests}
 
@@ -140,7 +147,7 @@ def test_logprobs_equal_generates(llama_checkpoint: Path) -> None:
     for request in requests:
         engine.add(request)
     outputs = drain_outputs(engine)
-    alone = generate_alone(llama_checkpoint, "float32", requests)
+    alone = generate_alone(llama_checkpoint, "float32", requests, same_kernels=True)
     for request in requests:
         got = [
             entry for output in outputs if output.request_id == request.request_id for entry in output.logprobs or []

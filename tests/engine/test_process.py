@@ -18,6 +18,7 @@ import torch
 from model.checkpoint import load_model
 from model.errors import ConfigError
 from model.generate import generate
+from model.packed_model import pack_model
 from model.sampling_params import SamplingParams
 from server.engine.channel import FrameSplitter, frame
 from server.engine.client import AsyncEngine
@@ -63,8 +64,7 @@ def test_concurrent_requests_equal_generate(llama_checkpoint: Path) -> None:
     async def scenario(engine: AsyncEngine) -> None:
         await engine.wait_ready()
         results = await asyncio.gather(*(collect(engine, prompt, params) for prompt, params in requests))
-        model = load_model(llama_checkpoint, dtype=torch.float32)
-        model.pack_for_cpu()
+        model = pack_model(load_model(llama_checkpoint, dtype=torch.float32))
         with torch.inference_mode():
             assert results == [generate(model, prompt, params).token_ids for prompt, params in requests]
         assert engine.info is not None

@@ -10,8 +10,9 @@ import torch
 
 from model.config import ModelConfig, gpt2_config, llama_config
 from model.errors import InvalidSamplingParamsError
-from model.generate import PromptError, generate
+from model.generate import CausalModel, PromptError, generate
 from model.generate_batch import MAX_PROMPT_TOKENS, BatchGenerator, generate_batch
+from model.packed_model import pack_model
 from model.sampling_params import SamplingParams
 from model.transformer import Transformer
 
@@ -26,14 +27,12 @@ CONFIGS: dict[str, ModelConfig] = {
 }  # fmt: skip
 
 
-def make_model(config: ModelConfig, *, packed: bool = True) -> Transformer:
+def make_model(config: ModelConfig, *, packed: bool = True) -> CausalModel:
     model = Transformer(config).eval()
     model.init_weights(seed=2)
     with torch.no_grad():
         model.embed_tokens.weight.mul_(8.0)  # clear preferences, so that sequences vary
-    if packed:
-        model.pack_for_cpu()
-    return model
+    return pack_model(model) if packed else model
 
 
 def mixed_prompts(count: int) -> tuple[list[list[int]], list[SamplingParams]]:

@@ -18,6 +18,8 @@ import torch
 
 from model.checkpoint import load_model, save_model
 from model.config import ModelConfig, gpt2_config, llama_config
+from model.generate import CausalModel
+from model.packed_model import pack_model
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from tests.server.live import wait_until
@@ -48,11 +50,9 @@ def save_random(folder: Path) -> Path:
     return folder
 
 
-def load_alone(folder: Path) -> Transformer:
-    """The checkpoint as `generate()` takes it, with the linear layers that the engine uses on the CPU."""
-    model = load_model(folder, dtype=torch.float32)
-    model.pack_for_cpu()
-    return model
+def load_alone(folder: Path) -> CausalModel:
+    """The checkpoint as `generate()` takes it, with the kernels that the engine uses on the CPU."""
+    return pack_model(load_model(folder, dtype=torch.float32))
 
 
 def save_parrot(folder: Path, text: str, *, context: int) -> Path:

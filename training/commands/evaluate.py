@@ -193,10 +193,10 @@ def _generate(
     on_progress: OnProgress,
 ) -> list[GeneratedText]:
     from model.controls import read_controls
+    from model.packed_model import pack_model
     from training.evaluation.generating import generate_texts
     from training.generate import TextGenerator
 
-    if loaded.model.device.type == "cpu":
-        loaded.model.pack_for_cpu()  # as `generate` does, whose texts these shall be
-    generator = TextGenerator(loaded.model, loaded.tokenizer, controls=read_controls(loaded.folder))
+    # As `generate` does, whose texts these shall be.
+    generator = TextGenerator(pack_model(loaded.model), loaded.tokenizer, controls=read_controls(loaded.folder))
     return generate_texts(generator, prompts, params, controls=controls, batch_size=batch_size, on_progress=on_progress)

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from model.checkpoint import load_model
 from model.dense_cache import DenseKVCache
+from model.generate import CausalModel
+from model.packed_model import pack_model
 from model.presets import PRESET_ALIASES, PRESETS, create_config
 from model.transformer import Transformer
 from training.build import resolve_device
@@ -63,7 +65,7 @@ class LatencyCell:
 class OpenedModel:
     """A model in eval mode, on a CPU with its products laid out for it; its sizes are those before that."""
 
-    model: Transformer
+    model: CausalModel
     num_parameters: int
     weights_bytes: int
 
@@ -77,9 +79,7 @@ def open_model(name: str, *, device: str, dtype: torch.dtype) -> OpenedModel:
     model = _load(name, resolve_device(device), dtype)
     parameters = list(model.parameters())
     sizes = sum(each.numel() for each in parameters), sum(each.nbytes for each in parameters)
-    if model.device.type == "cpu":
-        model.pack_for_cpu()
-    return OpenedModel(model, *sizes)
+    return OpenedModel(pack_model(model), *sizes)
 
 
 def _load(name: str, device: torch.device, dtype: torch.dtype) -> Transformer:
@@ -112,7 +112,7 @@ def fitting_lengths(lengths: Sequence[int] | None, new_tokens: int, context: int
 
 
 @torch.inference_mode()
-def measure_latency(model: Transformer, plan: LatencyPlan, on_progress: OnProgress = silent) -> list[LatencyCell]:
+def measure_latency(model: CausalModel, plan: LatencyPlan, on_progress: OnProgress = silent) -> list[LatencyCell]:
     """A cell for each batch size and length, in that order. Raises RecipeError where the memory does not suffice."""
     shapes = [(batch_size, length) for batch_size in plan.batch_sizes for length in plan.lengths]
     cells = []
@@ -143,7 +143,7 @@ def median_seconds(run: Callable[[], object], device: torch.device, *, warmup: i
 class Passes:
     """Prefill and decode of one batch; each can be called again and begins where it began before."""
 
-    def __init__(self, model: Transformer, batch_size: int, length: int, new_tokens: int) -> None:
+    def __init__(self, model: CausalModel, batch_size: int, length: int, new_tokens: int) -> None:
         self.model, self.length, self.new_tokens = model, length, new_tokens
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(model.config.vocab_size, (batch_size, length), generator=generator)
@@ -170,7 +170,7 @@ class Passes:
         return self.model.compute_logits(self.model(ids, self.cache)[:, -1:]).argmax(-1)
 
 
-def _measure(model: Transformer, plan: LatencyPlan, batch_size: int, length: int) -> LatencyCell:
+def _measure(model: CausalModel, plan: LatencyPlan, batch_size: int, length: int) -> LatencyCell:
     device = model.device
     if device.type == "cuda":
         torch.cuda.empty_cache()
