@@ -87,9 +87,11 @@ def _fetch(name: HubName) -> Path:
     from huggingface_hub import HfApi, errors, snapshot_download
 
     try:
-        files = [entry.rfilename for entry in HfApi().model_info(name.repo, revision=name.revision).siblings or ()]
-        wanted = wanted_files(files, name)
-        folder = snapshot_download(name.repo, revision=name.revision, allow_patterns=wanted)
+        info = HfApi().model_info(name.repo, revision=name.revision)
+        wanted = wanted_files((entry.rfilename for entry in info.siblings or ()), name)
+        folder = _cached_folder(name)
+        if folder is None or folder.name != info.sha or not all((folder / file).exists() for file in wanted):
+            folder = Path(snapshot_download(name.repo, revision=name.revision, allow_patterns=wanted))
     except (CheckpointError, HubError):
         raise
     except errors.GatedRepoError:
@@ -104,7 +106,7 @@ def _fetch(name: HubName) -> Path:
         ) from None
     except Exception as problem:  # the classes for a failed connection differ between the library's versions
         return _cached(name, problem)
-    return _complete(Path(folder), name)
+    return _complete(folder, name)
 
 
 def wanted_files(files: Iterable[str], name: HubName) -> list[str]:
@@ -124,15 +126,23 @@ def wanted_files(files: Iterable[str], name: HubName) -> list[str]:
 
 def _cached(name: HubName, problem: Exception) -> Path:
     """What an earlier call has fetched, now that the Hub does not answer."""
-    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub import constants
 
-    config = try_to_load_from_cache(name.repo, _CONFIG_FILE, revision=name.revision or _DEFAULT_REVISION)
+    folder = _cached_folder(name)
     reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _describe(problem)
-    if not isinstance(config, str):
+    if folder is None:
         raise HubError(f"{name} is neither a folder here nor in the cache, and {reason}") from None
     if not constants.HF_HUB_OFFLINE:
         _log.warning("%s comes from the cache: %s", name, reason)
-    return _complete(Path(config).parent, name, reason)
+    return _complete(folder, name, reason)
+
+
+def _cached_folder(name: HubName) -> Path | None:
+    """Where the cache keeps that revision, whole or not; None if it has none of it."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(name.repo, _CONFIG_FILE, revision=name.revision or _DEFAULT_REVISION)
+    return Path(config).parent if isinstance(config, str) else None
 
 
 def _describe(problem: Exception) -> str:

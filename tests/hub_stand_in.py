@@ -1,9 +1,10 @@
 """A stand-in for the Hub on a loopback port: the addresses that huggingface_hub asks for, over folders of a test.
 
     with HubStandIn({"owner/name": {"main": folder}}) as hub:
-        ...  # hub.url is the endpoint, hub.requests what was asked for
+        take_for_the_hub(hub, tmp_path / "cache", monkeypatch)  # or, for other processes, HF_ENDPOINT=hub.url
 
-A repository's commits are hashes of its revisions' names. Names in `gated` and `broken` answer with 403 and 500.
+A repository's commits are hashes of its revisions' names, where `commits` does not say otherwise. Names in `gated`
+and `broken` answer with 403 and 500.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+import huggingface_hub.constants as hub_constants
+import pytest
 
 Repositories = Mapping[str, Mapping[str, Path]]
 
@@ -28,6 +32,7 @@ class HubStandIn:
 
     def __init__(self, repositories: Repositories) -> None:
         self.repositories = {repo: dict(revisions) for repo, revisions in repositories.items()}
+        self.commits: dict[tuple[str, str], str] = {}
         self.gated: set[str] = set()
         self.broken: set[str] = set()
         self.requests: list[str] = []
@@ -60,10 +65,19 @@ class HubStandIn:
     def find(self, repo: str, revision: str) -> tuple[str, Path] | None:
         """The commit that a branch or a commit names, and its folder."""
         for name, folder in self.repositories[repo].items():
-            commit = commit_of(repo, name)
+            commit = self.commits.get((repo, name), commit_of(repo, name))
             if revision in (name, commit):
                 return commit, folder
         return None
+
+
+def take_for_the_hub(hub: HubStandIn, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """huggingface_hub, which has read the environment long ago, asks the stand-in and keeps its files in `cache`."""
+    monkeypatch.setattr(hub_constants, "ENDPOINT", hub.url)
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(hub_constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(hub_constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
 
 
 def _handler(hub: HubStandIn) -> type[BaseHTTPRequestHandler]:

@@ -20,7 +20,7 @@ from model.errors import CheckpointError, HubError
 from model.hub import HubName, pinned_name, resolve_model, wanted_files
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
-from tests.hub_stand_in import HubStandIn, commit_of
+from tests.hub_stand_in import HubStandIn, commit_of, take_for_the_hub
 
 REPO = "tiny-org/tiny"
 LOADED = ["config.json", "generation_config.json", "manifest.json", "model.safetensors", "tokenizer.json"]
@@ -46,12 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStandIn]:
     """A stand-in that huggingface_hub takes for the Hub, with an empty cache."""
     with HubStandIn({REPO: {"main": folder, "v1": folder}, "gpt2": {"main": folder}}) as hub:
-        monkeypatch.setattr(hub_constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(
-            hub_constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(hub_constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
+        take_for_the_hub(hub, tmp_path / "cache", monkeypatch)
         monkeypatch.setenv("HF_TOKEN", SECRET)
         yield hub
 
@@ -70,11 +65,24 @@ def test_only_files_that_are_read_are_fetched(hub: HubStandIn, folder: Path) -> 
         assert (found / name).read_bytes() == (folder / name).read_bytes()
 
 
-def test_the_second_time_nothing_is_fetched(hub: HubStandIn) -> None:
+def test_the_second_time_nothing_is_fetched(hub: HubStandIn, capfd: pytest.CaptureFixture[str]) -> None:
     first = resolve_model(REPO)
+    assert "Fetching 6 files" in capfd.readouterr().err
     hub.requests.clear()
     assert resolve_model(REPO) == first
-    assert hub.fetched == []
+    assert hub.requests == [f"GET /api/models/{REPO}"]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_branch_that_moves_is_followed(hub: HubStandIn, folder: Path, tmp_path: Path) -> None:
+    first = resolve_model(f"{REPO}@v1")
+    shutil.copytree(folder, tmp_path / "newer")
+    (tmp_path / "newer/config.json").write_text((folder / "config.json").read_text() + " ")
+    hub.commits[REPO, "v1"] = "f" * 40
+    hub.repositories[REPO]["v1"] = tmp_path / "newer"
+    second = resolve_model(f"{REPO}@v1")
+    assert (second.name, (second / "config.json").read_text()[-1]) == ("f" * 40, " ")
+    assert (first / "config.json").read_text() == (folder / "config.json").read_text()
 
 
 def test_a_model_is_loaded_by_name(hub: HubStandIn, folder: Path) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from server.logs import JsonFormatter, TextFormatter
-from server.settings import UsageError, bundled_model_path, load_settings
+from server.settings import UsageError, bundled_model_path, load_settings, resolve_model_names
+from tests.hub_stand_in import HubStandIn, commit_of, take_for_the_hub
 
 
 @pytest.fixture
@@ -80,6 +81,26 @@ def test_without_a_model_the_bundled_one_is_served(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("server.settings.bundled_model_path", lambda: folder.rename(folder.parent / "shakespeare"))
     monkeypatch.setattr("server.settings._check_model_folder", lambda path: None)
     assert load_settings([]).model == []
+
+
+@pytest.mark.parametrize("options", ["", "--served-model-name mine"])
+def test_a_model_by_name_is_fetched_and_served_under_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: str
+) -> None:
+    (folder / "model.safetensors").write_bytes(b"weights")
+    with HubStandIn({"tiny-org/tiny": {"v1": folder}}) as hub:
+        take_for_the_hub(hub, tmp_path / "cache", monkeypatch)
+        settings = load_settings(["--model", "tiny-org/tiny@v1", *options.split()])
+        assert hub.requests == []
+        resolved = resolve_model_names(settings)
+        assert resolved.model_name == ("mine" if options else "tiny-org/tiny")
+        commit = commit_of("tiny-org/tiny", "v1")
+        assert resolved.model_path.name == commit
+        assert (resolved.model_path / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+        assert capsys.readouterr().err.endswith(f"quill: tiny-org/tiny@v1 is tiny-org/tiny@{commit}\n")
+        with pytest.raises(UsageError, match=r"^--model: tiny-org/tiny has no revision v2; name a branch"):
+            resolve_model_names(load_settings(["--model", "tiny-org/tiny@v2"]))
+    assert resolve_model_names(load_settings(["--model", str(folder)])).model_path == folder
 
 
 def record(message: str, **extra: object) -> logging.LogRecord:
