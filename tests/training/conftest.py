@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from training import cli
 from training.config import TrainConfig
 from training.data.prepare import PrepareRequest, prepare
 from training.recipe import build_config
@@ -58,6 +60,15 @@ def data_dir(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture
+def full_disk() -> Path:
+    """A file that cannot grow."""
+    path = Path("/dev/full")
+    if not path.exists():
+        pytest.skip("needs /dev/full")
+    return path
+
+
 ConfigMaker = Callable[..., TrainConfig]
 
 
@@ -81,6 +92,43 @@ def make_config(data_dir: Path, tmp_path: Path) -> ConfigMaker:
         return build_config(tree)
 
     return make
+
+
+def exit_status(*args: object) -> int:
+    """Of `python -m training ARGS…`, run in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["training", *map(str, args)])
+        try:
+            cli.main()
+        except SystemExit as stop:
+            return int(stop.code or 0)
+    return 0
+
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs `python -m training ARGS…` in this process; gives exit status, stdout and stderr."""
+
+    def run(*args: object) -> tuple[int, str, str]:
+        status = exit_status(*args)
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def printed(command: Command) -> Callable[..., str]:
+    """stdout of a command that succeeds and says nothing on stderr."""
+
+    def run(*args: object) -> str:
+        status, out, err = command(*args)
+        assert (status, err) == (0, "")
+        return out
+
+    return run
 
 
 def train(config: TrainConfig, resume: str = "auto") -> str:

@@ -8,28 +8,16 @@ import hashlib
 import json
 import random
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.training.conftest import make_text
+from tests.training.conftest import exit_status, make_text
 from tests.training.crash_harness import RECIPE
-from training import cli
 
 Harm = Callable[[], object]
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
-    """Exit status of the command line in this process."""
-    monkeypatch.setattr(sys, "argv", ["training", *map(str, args)])
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 def tree() -> dict[str, str]:
@@ -49,9 +37,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         Path("words.txt").write_text(make_text(300), encoding="utf-8")
         Path("recipe.toml").write_text(RECIPE.format(data="data"), encoding="utf-8")
-        assert call(patch, "prepare", "--input", "words.txt", "--out", "data", "--tokenizer", "bytes") == 0
-        assert call(patch, "prepare", "--input", "words.txt", "--out", "characters", "--tokenizer", "char") == 0
-        assert call(patch, "train", "recipe.toml") == 0
+        assert exit_status("prepare", "--input", "words.txt", "--out", "data", "--tokenizer", "bytes") == 0
+        assert exit_status("prepare", "--input", "words.txt", "--out", "characters", "--tokenizer", "char") == 0
+        assert exit_status("train", "recipe.toml") == 0
     return folder
 
 
@@ -68,7 +56,7 @@ def refused(
         harm()
         before = tree()
         capfd.readouterr()
-        status = call(monkeypatch, *command.split())
+        status = exit_status(*command.split())
         output = capfd.readouterr()
         assert status == 1, output.out + output.err
         assert output.err.startswith("error: "), output.err
@@ -383,7 +371,7 @@ def test_wrong_usage_has_a_status_of_its_own(
 ) -> None:
     monkeypatch.chdir(finished)
     before = tree()
-    assert call(monkeypatch, *command.split()) == 2
+    assert exit_status(*command.split()) == 2
     output = capfd.readouterr()
     assert "Traceback" not in output.err
     assert output.err
@@ -396,4 +384,4 @@ def test_a_byte_order_mark_before_a_recipe_does_no_harm(
     monkeypatch.chdir(finished)
     marked = tmp_path / "marked.toml"
     marked.write_bytes(b"\xef\xbb\xbf" + Path("recipe.toml").read_bytes())
-    assert call(monkeypatch, "train", marked, f"run.dir={tmp_path / 'run'}", "train.max_steps=1") == 0
+    assert exit_status("train", marked, f"run.dir={tmp_path / 'run'}", "train.max_steps=1") == 0

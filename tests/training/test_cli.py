@@ -7,55 +7,44 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.training.conftest import ConfigMaker
-from training import cli
+from tests.training.conftest import Command, ConfigMaker
 from training.recipe import config_to_toml
 from training.step import StepResult
 from training.trainer import Trainer
 
-
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: object) -> tuple[int, str, str]:
-    """Exit status, stdout, stderr."""
-    monkeypatch.setattr(sys, "argv", ["training", *map(str, args)])
-    status = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        status = int(stop.code or 0)
-    output = capsys.readouterr()
-    return status, output.out, output.err
+ROOT = Path(__file__).parents[2]
 
 
 def test_from_text_to_generated_text(
     text_file: Path,
     make_config: ConfigMaker,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    printed: Callable[..., str],
 ) -> None:
-    def run(*args: object) -> str:
-        status, out, err = call(capsys, monkeypatch, *args)
-        assert (status, err) == (0, "")
-        return out
-
     data, recipe = tmp_path / "data", tmp_path / "recipe.toml"
-    prepared = json.loads(run("prepare", "--input", text_file, "--out", data, "--tokenizer", "char", "--json"))
+    prepared = json.loads(printed("prepare", "--input", text_file, "--out", data, "--tokenizer", "char", "--json"))
     assert prepared["written"] is True
     assert prepared["train"]["characters"] + prepared["val"]["characters"] == len(text_file.read_text("utf-8"))
     recipe.write_text(config_to_toml(make_config()))
-    trained = run("train", recipe, "--resume", "never", f"data.dir={data}", "train.max_steps=4", "train.lr=5e-3")
+    trained = printed("train", recipe, "--resume", "never", f"data.dir={data}", "train.max_steps=4", "train.lr=5e-3")
     assert "finished at step 4" in trained
     best = Path(make_config().run.dir) / "checkpoints" / "best"
-    values = json.loads(run("evaluate", best, "--data", data, "--device", "cpu", "--json"))
+    values = json.loads(printed("evaluate", best, "--data", data, "--device", "cpu", "--json"))
     assert {"loss", "perplexity", "bits_per_byte", "tokens"} == values.keys()
-    assert "bits per byte" in run("evaluate", best, "--text", text_file)
-    generated = json.loads(run("generate", best, "--prompt", "ink", "--max-tokens", 5, "--num-samples", 2, "--json"))
+    assert "bits per byte" in printed("evaluate", best, "--text", text_file)
+    generated = json.loads(
+        printed("generate", best, "--prompt", "ink", "--max-tokens", 5, "--num-samples", 2, "--json")
+    )
     assert [sample["seed"] for sample in generated["samples"]] == [0, 1]
-    assert run("generate", best, "--prompt", "ink", "--max-tokens", 5) == "ink" + generated["samples"][0]["text"] + "\n"
+    assert (
+        printed("generate", best, "--prompt", "ink", "--max-tokens", 5)
+        == "ink" + generated["samples"][0]["text"] + "\n"
+    )
 
 
 @pytest.mark.parametrize("between", [[], ["--input"]])
@@ -63,17 +52,16 @@ def test_several_inputs_follow_one_option_or_several(
     between: list[str],
     text_file: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    command: Command,
 ) -> None:
     options = ["--out", tmp_path / "data", "--tokenizer", "bytes", "--json"]
-    _, out, _ = call(capsys, monkeypatch, "prepare", "--input", text_file, *between, text_file, *options)
+    _, out, _ = command("prepare", "--input", text_file, *between, text_file, *options)
     prepared = json.loads(out)
     assert prepared["train"]["bytes"] + prepared["val"]["bytes"] == 2 * text_file.stat().st_size
 
 
 def test_sigterm_ends_training_with_status_0(
-    make_config: ConfigMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    make_config: ConfigMaker, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = Trainer.train_step
 
@@ -83,11 +71,11 @@ def test_sigterm_ends_training_with_status_0(
 
     monkeypatch.setattr(Trainer, "train_step", signalling)
     (tmp_path / "recipe.toml").write_text(config_to_toml(make_config()))
-    status, out, err = call(capsys, monkeypatch, "train", tmp_path / "recipe.toml")
+    status, out, err = command("train", tmp_path / "recipe.toml")
     assert (status, err) == (0, "")
     assert "stopped and saved at step 1" in out
     monkeypatch.setattr(Trainer, "train_step", original)
-    status, out, err = call(capsys, monkeypatch, "train", tmp_path / "recipe.toml", "train.max_steps=0")
+    status, out, err = command("train", tmp_path / "recipe.toml", "train.max_steps=0")
     assert (status, out) == (1, "")
     assert err == "error: train.max_steps is 0 but must lie between 1 and 1000000000000\n"
 
@@ -97,21 +85,43 @@ def test_sigterm_ends_training_with_status_0(
     [
         (("prepare", "--input", "absent.txt", "--out", "data"), "error: absent.txt: no such file"),
         (("train", "absent.toml"), "error: absent.toml: no such recipe"),
-        (("evaluate", "absent", "--text", "absent.txt"), "error: absent is not a folder"),
-        (("generate", "absent"), "error: absent is not a folder"),
+        (("evaluate", "absent", "--text", "absent.txt"), "error: absent is neither a folder"),
+        (("generate", "absent"), "error: absent is neither a folder"),
         (("generate", "absent", "--temperature", "3"), "error: temperature must lie in"),
     ],
 )
 def test_a_mistake_is_one_line_and_a_failing_exit_status(
-    args: tuple[str, ...], message: str, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    args: tuple[str, ...], message: str, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    status, out, err = call(capsys, monkeypatch, *args)
+    status, out, err = command(*args)
     assert (status, out) == (1, "")
     assert err.startswith(message)
     assert err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_finds_no_room_is_told(unbuffered: str, full_disk: Path) -> None:
+    command, environment = [sys.executable, "-m", "training"], os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    with full_disk.open("w") as output:
+        result = subprocess.run(
+            [*command, "recipe", "--json"], cwd=ROOT, env=environment, stdout=output, stderr=subprocess.PIPE,
+            text=True, timeout=60, check=False,
+        )  # fmt: skip
+    expected = "error: standard output cannot be written: No space left on device\n"
+    assert (result.returncode, result.stderr) == (1, expected)
+
+
+def test_a_reader_that_has_had_enough_is_left_in_peace() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as output:
+        result = subprocess.run(
+            [sys.executable, "-m", "training", "recipe", "--json"], cwd=ROOT, stdout=output, stderr=subprocess.PIPE,
+            text=True, timeout=60, check=False,
+        )  # fmt: skip
+    assert (result.returncode, result.stderr) == (1, "")
 
 
 def test_help_needs_no_torch_and_explains_the_recipe() -> None:

@@ -151,12 +151,11 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         assert str(tmp_path / name) in str(refusal.value)
 
 
-def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_told(tmp_path: Path, full_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("ink")
-    full = Path("/dev/full")
-    if not full.exists():
-        pytest.skip("needs /dev/full")
-    monkeypatch.setattr("training.evaluation.text.tempfile.TemporaryFile", lambda **_: full.open("wb", buffering=0))
+    monkeypatch.setattr(
+        "training.evaluation.text.tempfile.TemporaryFile", lambda **_: full_disk.open("wb", buffering=0)
+    )
     with pytest.raises(DataError, match="cannot hold the text's tokens \\(No space left"):
         encode_files([tmp_path / "a.txt"], Tokenizer.bytes())
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,7 @@ from model.hf import export_config, to_hf
 from model.hf_config import config_to_hf
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
-from tests.training.conftest import ConfigMaker, train
-from training import cli
+from tests.training.conftest import Command, ConfigMaker, train
 from training.errors import RecipeError
 from training.export import export_checkpoint, parse_size
 
@@ -197,28 +195,22 @@ def test_a_runs_checkpoints(which: str | None, step: int, run_folder: Path, tmp_
 
 
 def test_a_trained_run_through_the_command_line(
-    make_config: ConfigMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    make_config: ConfigMaker, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = make_config(model__vocab_multiple=64)
     train(config)
     capsys.readouterr()
     arguments = ["export", config.run.dir, "--out", str(tmp_path / "out"), "--which", "last", "--dtype", "bfloat16"]
-    monkeypatch.setattr(sys, "argv", ["training", *arguments, "--json"])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert stop.value.code == 0
-    values = json.loads(capsys.readouterr().out)
+    status, out, _ = command(*arguments, "--json")
+    assert status == 0
+    values = json.loads(out)
     assert (values["step"], values["vocab_size"], values["dtype"]) == (8, 257, "bfloat16")
     assert "tokenizer.json" in values["files"]
     run_the_cards_example(tmp_path / "out", "the quill")
     assert capsys.readouterr().out.startswith("the quill")
-    monkeypatch.setattr(sys, "argv", ["training", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert stop.value.code == 1
-    captured = capsys.readouterr()
-    assert (captured.out, captured.err.count("\n")) == ("", 1)
-    assert captured.err.startswith(f"error: {tmp_path / 'out'} is not empty")
+    status, out, err = command(*arguments)
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith(f"error: {tmp_path / 'out'} is not empty")
 
 
 def run_the_cards_example(folder: Path, prompt: str) -> None:

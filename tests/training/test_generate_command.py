@@ -16,8 +16,8 @@ from model.checkpoint import load_model
 from model.generate import generate
 from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
+from tests.training.conftest import Command
 from tests.training.tiny_models import save_tiny_model
-from training import cli
 
 Call = Callable[..., str]
 TEMPLATE = (
@@ -32,20 +32,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def call(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., tuple[int, str, str]]:
+def call(folder: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> Command:
     """Status, stdout and stderr of `generate CHECKPOINT …` in an empty folder."""
     monkeypatch.chdir(tmp_path)
 
     def run(*args: object, checkpoint: Path = folder) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["training", "generate", *map(str, (checkpoint, *args, "--device", "cpu"))])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        return status, *capsys.readouterr()
+        return command("generate", checkpoint, *args, "--device", "cpu")
 
     return run
 

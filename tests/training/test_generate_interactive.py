@@ -15,7 +15,6 @@ from model.errors import TokenizerError
 from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
 from tests.training.tiny_models import save_tiny_model
-from training import cli
 from training.errors import RecipeError
 from training.generate import TextGenerator
 from training.generation import terminal
@@ -221,18 +220,13 @@ def test_ctrl_c_at_the_prompt_leaves_nothing(generator: TextGenerator, capsys: p
 
 
 @pytest.fixture
-def piped(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+def piped(printed: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """What `generate CHECKPOINT --interactive` prints for lines on its standard input."""
 
     def run(checkpoint: Path, lines: str, *args: str) -> str:
         monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-        words = [str(checkpoint), "--interactive", "--max-tokens", "5", "--ignore-eos", "--device", "cpu", *args]
-        monkeypatch.setattr(sys, "argv", ["training", "generate", *words])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        output = capsys.readouterr()
-        assert (stop.value.code or 0, output.err) == (0, "")
-        return output.out
+        options = ("--interactive", "--max-tokens", 5, "--ignore-eos", "--device", "cpu")
+        return printed("generate", checkpoint, *options, *args)
 
     return run
 

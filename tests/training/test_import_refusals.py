@@ -6,9 +6,7 @@ import datetime
 import io
 import json
 import struct
-import sys
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from hypothesis import strategies as st
 
 from model.errors import CheckpointError, QuillError
 from model.tokenizer import Tokenizer
+from tests.training.conftest import Command
 from tests.training.foreign_checkpoints import (
     CHARACTERS,
     litgpt_settings,
@@ -29,7 +28,6 @@ from tests.training.foreign_checkpoints import (
     nanogpt_content,
     write_litgpt,
 )
-from training import cli
 from training.importers.convert import ImportRequest, import_model
 from training.importers.torch_file import read_torch_file
 from training.importers.yaml_file import read_yaml
@@ -49,26 +47,6 @@ def content() -> dict[str, Any]:
     return nanogpt_content(make_gpt2(COUNT, "gelu"))
 
 
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """The command line in this process: exit status, stdout, stderr."""
-
-    def call(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["training", *map(str, args)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        output = capsys.readouterr()
-        return status, output.out, output.err
-
-    return call
-
-
 def refusal(source: Path, **options: Any) -> str:
     """The error's message, after checking that nothing lies where the model would have gone."""
     out = source.parent / "out"
@@ -81,10 +59,12 @@ def refusal(source: Path, **options: Any) -> str:
     return message
 
 
-def test_the_command_reports_what_it_wrote(tmp_path: Path, text: Path, content: dict[str, Any], run: Run) -> None:
+def test_the_command_reports_what_it_wrote(
+    tmp_path: Path, text: Path, content: dict[str, Any], command: Command
+) -> None:
     torch.save(content, tmp_path / "ckpt.pt")
     out = tmp_path / "out"
-    status, printed, errors = run("import", tmp_path / "ckpt.pt", "--out", out, "--characters", text, "--json")
+    status, printed, errors = command("import", tmp_path / "ckpt.pt", "--out", out, "--characters", text, "--json")
     assert (status, errors) == (0, "")
     values = json.loads(printed)
     assert (values["format"], values["vocab_size"], values["step"], values["dtype"]) == (
@@ -96,13 +76,13 @@ def test_the_command_reports_what_it_wrote(tmp_path: Path, text: Path, content: 
     assert values["parameters"] == sum(
         tensor.numel() for name, tensor in content["model"].items() if name != "lm_head.weight"
     )
-    status, printed, errors = run("import", tmp_path / "ckpt.pt", "--out", out, "--characters", text)
+    status, printed, errors = command("import", tmp_path / "ckpt.pt", "--out", out, "--characters", text)
     assert (status, printed) == (1, "")
     assert errors == f"error: {out} is not empty; choose an empty or new folder for --out\n"
 
 
-def test_a_missing_file_is_one_line_and_status_1(tmp_path: Path, run: Run) -> None:
-    status, printed, errors = run("import", tmp_path / "no.pt", "--out", tmp_path / "out", "--json")
+def test_a_missing_file_is_one_line_and_status_1(tmp_path: Path, command: Command) -> None:
+    status, printed, errors = command("import", tmp_path / "no.pt", "--out", tmp_path / "out", "--json")
     assert (status, printed) == (1, "")
     assert errors.startswith(f"error: {tmp_path / 'no.pt'} does not exist")
     assert list(tmp_path.iterdir()) == []

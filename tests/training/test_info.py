@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,6 @@ import torch
 
 from model.transformer import Transformer
 from tests.training.conftest import ConfigMaker
-from training import cli
 from training.build import make_model
 from training.errors import DataError
 from training.estimate import Estimate, estimate
@@ -133,32 +133,22 @@ def test_a_recipe_that_cannot_be_trained_is_refused(make_config: ConfigMaker, tm
         estimate(replace(config, data=replace(config.data, dir=str(tmp_path / "absent"))))
 
 
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: object) -> str:
-    monkeypatch.setattr(sys, "argv", ["training", "info", *map(str, args)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert not stop.value.code
-    output = capsys.readouterr()
-    assert output.err == ""
-    return output.out
-
-
 def test_the_command_tells_the_machine_and_the_recipe(
-    make_config: ConfigMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    make_config: ConfigMaker, tmp_path: Path, printed: Callable[..., str]
 ) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(config_to_toml(make_config()))
-    plain = run(capsys, monkeypatch)
+    plain = printed("info")
     assert plain.startswith("Linux" if sys.platform == "linux" else "")
     assert "\ncpu: " in plain
     assert "model:" not in plain
     needs = estimate(make_config())
-    told = run(capsys, monkeypatch, recipe, "train.max_steps=20")
+    told = printed("info", recipe, "train.max_steps=20")
     assert f"model: llama, {needs.num_parameters:,} parameters" in told
     assert "run: 20 steps of 64 tokens on each rank: 1,280 tokens" in told
     assert "at the peak of cpu" in told
-    values: dict[str, Any] = json.loads(run(capsys, monkeypatch, recipe, "--json"))
+    values: dict[str, Any] = json.loads(printed("info", recipe, "--json"))
     assert values["hardware"]["devices"][-1]["name"] == "cpu"
     assert values["recipe"]["num_parameters"] == needs.num_parameters
     assert values["recipe"]["device"] == "cpu"
-    assert set(json.loads(run(capsys, monkeypatch, "--json"))) == {"hardware"}
+    assert set(json.loads(printed("info", "--json"))) == {"hardware"}

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -183,6 +184,25 @@ def website(tmp_path: Path) -> Iterator[tuple[str, Path]]:
 def test_an_address_that_cannot_be_asked_is_named(url: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be downloaded"):
         prepare(PrepareRequest((url,), tmp_path / "out", "bytes", digests=("0" * 64,)))
+
+
+def test_a_download_that_finds_no_room_is_told(
+    website: tuple[str, Path], tmp_path: Path, full_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, folder = website
+    (folder / "a.txt").write_bytes(content := make_text(50).encode())
+    original = Path.open
+
+    def opened(path: Path, *args: Any, **options: Any) -> Any:
+        return original(full_disk if path.name == "a.txt.part" else path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", opened)
+    request = PrepareRequest(
+        (f"{url}/a.txt",), tmp_path / "out", "bytes", digests=(hashlib.sha256(content).hexdigest(),)
+    )
+    with pytest.raises(DataError, match=r"cannot hold the download \(No space left on device\); let TMPDIR name"):
+        prepare(request)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_download_is_used_only_with_its_digest(website: tuple[str, Path], tmp_path: Path) -> None:

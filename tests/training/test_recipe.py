@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import tomllib
 import typing
 from pathlib import Path
@@ -15,7 +14,7 @@ import tomli_w
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from training import cli
+from tests.training.conftest import Command
 from training.config import SECTIONS, TrainConfig
 from training.errors import RecipeError
 from training.recipe import (
@@ -220,31 +219,18 @@ def test_help_explains_every_key_with_its_default() -> None:
 # --- the command that lists recipes and writes them ---
 
 
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: object) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["training", "recipe", *map(str, args)])
-    status = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        status = int(stop.code or 0)
-    output = capsys.readouterr()
-    return status, output.out, output.err
-
-
-def test_the_command_lists_recipes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    status, out, _ = call(capsys, monkeypatch)
+def test_the_command_lists_recipes(command: Command) -> None:
+    status, out, _ = command("recipe")
     assert status == 0
     assert [line.split()[0] for line in out.splitlines() if not line.startswith(" ")] == recipe_names()
-    _, out, _ = call(capsys, monkeypatch, "--json")
+    _, out, _ = command("recipe", "--json")
     assert list(json.loads(out)["recipes"]) == recipe_names()
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_the_command_writes_a_recipe_with_every_key(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_writes_a_recipe_with_every_key(name: str, tmp_path: Path, command: Command) -> None:
     path = tmp_path / "own.toml"
-    status, out, err = call(capsys, monkeypatch, name, "train.lr=0.25", "--out", path)
+    status, out, err = command("recipe", name, "train.lr=0.25", "--out", path)
     assert (status, err) == (0, "")
     assert f"python -m training train {path}" in out
     assert load_config(path) == load_config(name, ["train.lr=0.25"])
@@ -254,20 +240,18 @@ def test_the_command_writes_a_recipe_with_every_key(
     for cls in SECTIONS.values():
         for item in dataclasses.fields(cls):
             assert f"\n{item.name} = " in text or f"\n# {item.name} =\n" in text
-    assert call(capsys, monkeypatch, name, "train.lr=0.25")[1] == text
+    assert command("recipe", name, "train.lr=0.25")[1] == text
 
 
-def test_the_command_replaces_a_file_only_when_told_to(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_replaces_a_file_only_when_told_to(tmp_path: Path, command: Command) -> None:
     path = tmp_path / "own.toml"
     path.write_text("mine")
-    status, _, err = call(capsys, monkeypatch, "names", "--out", path)
+    status, _, err = command("recipe", "names", "--out", path)
     assert (status, err) == (1, f"error: {path}: already exists; choose another --out or pass --force to replace it\n")
     assert path.read_text() == "mine"
-    assert call(capsys, monkeypatch, "names", "--out", path, "--force")[0] == 0
-    status, _, err = call(capsys, monkeypatch, "names", "--out", tmp_path / "absent" / "own.toml")
+    assert command("recipe", "names", "--out", path, "--force")[0] == 0
+    status, _, err = command("recipe", "names", "--out", tmp_path / "absent" / "own.toml")
     assert (status, err.count("\n")) == (1, 1)
     assert "cannot be written" in err
-    status, out, _ = call(capsys, monkeypatch, "names", "train.lr=0.5", "--json")
+    status, out, _ = command("recipe", "names", "train.lr=0.5", "--json")
     assert json.loads(out)["config"]["train"]["lr"] == 0.5

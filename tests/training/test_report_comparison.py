@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from model.manifest import Provenance
-from tests.training.conftest import ConfigMaker
+from tests.training.conftest import Command, ConfigMaker
 from tests.training.test_report import LINES, Page, make_run, train_line, val_line
-from training import cli
 from training.recipe import config_to_toml
 from training.reporting.comparison import compare
 from training.reporting.report_page import write_comparison
@@ -96,35 +95,19 @@ def test_many_runs_differ_in_colour_or_dashes(make_config: ConfigMaker, tmp_path
     assert len({(curve.colour, curve.dashed) for curve in chart.curves}) == 12
 
 
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: object) -> tuple[int, str, str]:
-    """Exit status, stdout, stderr of the report command."""
-    monkeypatch.setattr(sys, "argv", ["training", "report", *map(str, args)])
-    status = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        status = int(stop.code or 0)
-    output = capsys.readouterr()
-    return status, output.out, output.err
-
-
-def test_the_command_writes_pages(
-    two_runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def run(*args: object) -> str:
-        status, out, err = call(capsys, monkeypatch, *args)
-        assert (status, err) == (0, "")
-        return out
-
-    assert run(two_runs[0]) == f"{two_runs[0] / 'report.html'}\nbase: finished, step 8 of 8, best 2.5000 at 8\n"
+def test_the_command_writes_pages(two_runs: list[Path], tmp_path: Path, printed: Callable[..., str]) -> None:
+    assert (
+        printed("report", two_runs[0])
+        == f"{two_runs[0] / 'report.html'}\nbase: finished, step 8 of 8, best 2.5000 at 8\n"
+    )
     assert (two_runs[0] / "report.html").is_file()
-    answer: dict[str, Any] = json.loads(run(*two_runs, "--json"))
+    answer: dict[str, Any] = json.loads(printed("report", *two_runs, "--json"))
     assert answer["report"] == str(tmp_path / "comparison.html")
     assert [(each["run_id"], each["best_loss"], each["best_step"], each["step"]) for each in answer["runs"]] == [
         ("base", 2.5, 8, 8), ("higher rate", 2.25, 8, 8),
     ]  # fmt: skip
     assert "2 runs compared" in (tmp_path / "comparison.html").read_text()
-    run(two_runs[1], "--out", tmp_path / "page.html")
+    printed("report", two_runs[1], "--out", tmp_path / "page.html")
     assert (tmp_path / "page.html").is_file()
     assert not (two_runs[1] / "report.html").exists()
 
@@ -145,12 +128,11 @@ def test_the_command_writes_pages(
     ],
 )
 def test_a_mistake_is_one_sentence(
-    args: tuple[str, ...], message: str, two_runs: list[Path], capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    args: tuple[str, ...], message: str, two_runs: list[Path], command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(two_runs[0].parent)
     before = sorted(two_runs[0].parent.rglob("*"))
-    status, out, err = call(capsys, monkeypatch, *args)
+    status, out, err = command("report", *args)
     assert (status, out) == (1, "")
     assert err.startswith(message)
     assert err.count("\n") == 1

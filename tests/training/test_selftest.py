@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,8 +15,9 @@ from model.generate import GenerationOutput
 from model.generate_batch import generate_batch
 from model.tokenizer import StreamDecoder, Tokenizer
 from model.transformer import Transformer
+from tests.training.conftest import Command
 from tests.training.tiny_models import save_tiny_model
-from training import cli, selftest
+from training import selftest
 from training.selftest import CHECKS, Subject, load_subject, run_checks
 
 
@@ -110,19 +109,12 @@ def test_too_large_a_vocabulary_is_found(subject: Subject) -> None:
 
 
 @pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
-    def run(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["training", "selftest", *map(str, args), "--device", "cpu"])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        output = capsys.readouterr()
-        return int(stop.value.code or 0), output.out, output.err
-
-    return run
+def call(command: Command) -> Command:
+    return lambda *args: command("selftest", *args, "--device", "cpu")
 
 
 def test_the_command_shows_a_table_and_its_status(
-    call: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = save_tiny_model(tmp_path / "model", "llama")
     status, out, err = call(folder)
@@ -140,9 +132,9 @@ def test_the_command_shows_a_table_and_its_status(
     assert [check["name"] for check in values["checks"] if not check["passed"]] == ["streaming"]
 
 
-def test_the_command_builds_a_preset_and_refuses_what_it_cannot(call: Callable[..., tuple[int, str, str]]) -> None:
+def test_the_command_builds_a_preset_and_refuses_what_it_cannot(call: Command) -> None:
     status, out, _ = call()
     assert (status, out.splitlines()[-1]) == (0, "all passed")
     assert "preset 'none' is unknown" in call("--preset", "none")[2]
-    assert call("absent")[2].startswith("error: absent is not a folder")
+    assert call("absent")[2].startswith("error: absent is neither a folder")
     assert "--preset has no meaning for absent" in call("absent", "--preset", "tiny")[2]

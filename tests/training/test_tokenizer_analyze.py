@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from transformers import AutoTokenizer
 from model.errors import QuillError
 from model.tokenizer import Tokenizer
 from tests.model.tokenizer_samples import train_metaspace, write_tokenizer
+from tests.training.conftest import Command
 from tests.training.hindi import SAMPLE, hindi_text
-from training import cli
+from training.errors import RecipeError
 from training.tokenizers.analyze import Analysis, analyze
 from training.tokenizers.corpus import CorpusRequest
 from training.tokenizers.plot import check_plot_path, plot_analyses
@@ -113,6 +114,12 @@ def test_the_plot_is_a_picture(root: Path, tmp_path: Path) -> None:
         check_plot_path(tmp_path / "none" / "plot.png")
 
 
+def test_a_plot_that_finds_no_room_is_named(root: Path, tmp_path: Path, full_disk: Path) -> None:
+    (tmp_path / "plot.png").symlink_to(full_disk)
+    with pytest.raises(RecipeError, match=r"plot\.png cannot be written: No space left"):
+        plot_analyses(measure(root, "bytes"), tmp_path / "plot.png")
+
+
 # Show
 
 
@@ -154,13 +161,8 @@ def test_any_tokenizer_file_can_be_shown(tmp_path: Path) -> None:
     assert shown.round_trip
 
 
-def test_the_command_lines(root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["training", "tokenizer", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        return int(end.value.code or 0), *capsys.readouterr()
-
+def test_the_command_lines(root: Path, command: Command) -> None:
+    call = partial(command, "tokenizer")
     table = ("analyze", "gpt2", root / "bpe", "--input", root / "hindi.txt", "--plot", root / "plot.svg")
     status, out, err = call(*table)
     assert (status, err) == (0, "")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,19 +13,15 @@ from transformers import AutoTokenizer
 from model.tokenizer import Tokenizer
 from tests.server.clients import Answer, ask_all
 from tests.server.real import RealServer, running
+from tests.training.conftest import exit_status
 from tests.training.hindi import SAMPLE, hindi_text
-from training import cli
 
 CONTROL = "<|रस:वीर|>"
 MAX_TOKENS = 40
 
 
 def run(*words: object) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["training", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        assert not end.value.code
+    assert exit_status(*words) == 0
 
 
 def make_checkpoint(root: Path, num_sentences: int, steps: int, hidden_size: int) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,8 @@ from transformers import AutoTokenizer
 from model.errors import QuillError, TokenizerError
 from model.tokenizer import StreamDecoder, Tokenizer
 from model.tokenizer.encoders import TiktokenEncoder
-from tests.training.conftest import make_text
+from tests.training.conftest import Command, make_text
 from tests.training.hindi import SAMPLE, hindi_text
-from training import cli
 from training.tokenizers.corpus import CorpusRequest
 from training.tokenizers.train import Trained, TrainRequest, train_tokenizer
 
@@ -237,35 +235,26 @@ def test_folders_are_replaced_only_when_told_to(tmp_path: Path) -> None:
     assert (out / "model.safetensors").read_bytes() == b"weights"
 
 
-def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_line(tmp_path: Path, command: Command) -> None:
     (tmp_path / "hindi.txt").write_text(TEXT, encoding="utf-8")
-
-    def call(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["training", "tokenizer", "train", *words])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        return status, *capsys.readouterr()
-
-    command = ["--input", str(tmp_path / "hindi.txt"), "--kind", "bpe", "--pretokenizer", "devanagari"]
-    status, out, err = call(*command, "--vocab-size", "400", "--out", str(tmp_path / "a"), "--special", "<x>", "--json")
+    make = ("tokenizer", "train")
+    words = (*make, "--input", tmp_path / "hindi.txt", "--kind", "bpe", "--pretokenizer", "devanagari")
+    status, out, err = command(*words, "--vocab-size", 400, "--out", tmp_path / "a", "--special", "<x>", "--json")
     assert (status, err) == (0, "")
     values = json.loads(out)
     assert values["vocab_size"] == 400
     assert values["special_tokens"] == {EOT: 0, "<x>": 1}
     assert values["runs_through"] == "tiktoken"
-    status, out, err = call(*command, "--vocab-size", "9000", "--out", str(tmp_path / "b"))
+    status, out, err = command(*words, "--vocab-size", 9000, "--out", tmp_path / "b")
     assert status == 0
     assert "runs through tiktoken, with the ids of tokenizers on the whole text" in out
     assert "notice: the text gives only" in err
-    assert call(*command, "--vocab-size", "100", "--out", str(tmp_path / "c"))[::2] == (
+    assert command(*words, "--vocab-size", 100, "--out", tmp_path / "c")[::2] == (
         1, "error: --vocab-size is 100 but must be at least 257: 256 bytes and the special tokens\n"
     )  # fmt: skip
-    status, out, err = call("--kind", "bytes", "--out", str(tmp_path / "d"))
+    status, out, err = command(*make, "--kind", "bytes", "--out", tmp_path / "d")
     assert (status, err) == (0, "")
-    assert call("--kind", "char", "--out", str(tmp_path / "e"))[::2] == (
+    assert command(*make, "--kind", "char", "--out", tmp_path / "e")[::2] == (
         1, "error: --input names no text: give a file, a folder, a URL, hf:OWNER/NAME or a short name\n"
     )  # fmt: skip
 
