@@ -13,6 +13,7 @@ from model.evaluation import Window
 from model.sampling_params import SamplingParams
 from server.admission import refusal, refuse_unless_admitting, served_model
 from server.engine.interface import EngineRequestError, EngineUnavailableError, QueueFullError, RequestStream
+from server.engine.messages import EngineInfo
 from server.errors import ApiError, ClientGoneError, engine_down_error, request_failed_error
 from server.interruption import Interruption
 from server.schemas.score import ScoreRequest
@@ -20,8 +21,10 @@ from server.score_texts import ScoredText, read_texts, window_stride
 from server.services import Services
 
 _SCORE_ONLY = SamplingParams(max_tokens=0)
-# A request keeps at most this share of the engine's seats: streams find one free however long a text is.
+# What a request keeps in the engine at a time: at most this share of its seats, and about as many steps' worth of
+# tokens. So a newcomer finds a seat, and its prompt's turn comes after a few steps, however long the texts are.
 _SHARE_OF_SEATS = 4
+_STEPS_AHEAD = 2
 # Seconds until a queue that was full is looked at again, at most.
 _PATIENCE = 1.0
 _Job = tuple[ScoredText, Window]
@@ -51,7 +54,7 @@ class Scoring:
         self._jobs: Iterator[_Job] = ((text, window) for text in texts for window in text.windows(context, stride))
         self._streams: dict[int, RequestStream] = {}
         self._interruption = Interruption()
-        first = list(islice(self._jobs, max(1, services.ready_info.max_num_seqs // _SHARE_OF_SEATS)))
+        first = list(islice(self._jobs, _num_at_once(texts, context, services.ready_info)))
         self._engine.check_admission(len(first))
         try:
             self._first = [(job, self._submit(job)) for job in first]
@@ -142,3 +145,10 @@ class Scoring:
             if output.finish_reason is not None:
                 break
         raise EngineRequestError("the engine gave up on the request")
+
+
+def _num_at_once(texts: list[ScoredText], context: int, info: EngineInfo) -> int:
+    """How many windows to keep in the engine."""
+    longest = max(min(context, text.num_predictions) for text in texts)
+    by_tokens = _STEPS_AHEAD * info.max_num_batched_tokens // max(1, longest)
+    return max(1, min(info.max_num_seqs // _SHARE_OF_SEATS, by_tokens))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import numpy as np
 import pytest
 
@@ -30,7 +31,6 @@ from training.evaluate import evaluate_checkpoint, evaluate_loss, open_checkpoin
 from training.evaluation.text import TextTokens
 
 CONTEXT = 16
-SEATS = 8  # of the fake engine, of which a request takes two
 TEXT = "The quill writes, and having writ — स्याही 🖋 — moves on; "
 
 
@@ -115,7 +115,12 @@ async def test_figures_that_json_cannot_write_are_null(client: httpx.AsyncClient
 
 
 @pytest.mark.anyio
-async def test_few_windows_are_in_the_engine_at_once(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+@pytest.mark.parametrize(("context", "seats", "step", "at_once"), [(16, 8, 512, 2), (16, 64, 32, 4), (16, 3, 8, 1)])
+async def test_few_windows_are_in_the_engine_at_once(context: int, seats: int, step: int, at_once: int) -> None:
+    """A quarter of the seats, and what two steps compute."""
+    engine = FakeEngine(max_model_len=context)
+    assert engine.info is not None
+    engine._info = msgspec.structs.replace(engine.info, max_num_seqs=seats, max_num_batched_tokens=step)
     most = 0
     submit = engine.submit
 
@@ -126,8 +131,9 @@ async def test_few_windows_are_in_the_engine_at_once(client: httpx.AsyncClient, 
         return stream
 
     engine.submit = count  # type: ignore[method-assign]
-    await results(client, "a" * 500, "b" * 300)
-    assert most == SEATS // 4
+    async with client_for(make_app(engine)) as client:
+        await results(client, "a" * 500, "b" * 300)
+    assert most == at_once
     assert len(engine.submitted) == math.ceil(499 / CONTEXT) + math.ceil(299 / CONTEXT)
     assert engine.live == set()
 
