@@ -24,11 +24,14 @@ from server.engine.messages import (
     StepOutput,
     TokenLogprobs,
 )
-from server.engine.model_runner import ModelRunner
+from server.engine.model_runner import ModelRunner, RunOutput
 from server.engine.scheduler import ScheduledBatch, Scheduler
 from server.engine.sequence import InvalidSequenceError, Sequence
 
 logger = logging.getLogger(__name__)
+
+# Steps in a row in which every request failed; then something is wrong with more than the requests.
+_MAX_FAILED_STEPS = 3
 
 
 class LLMEngine:
@@ -48,6 +51,7 @@ class LLMEngine:
         )
         self.invariance = InvarianceCheck(self.runner, self.block_manager)
         self.info = self._describe(time.monotonic() - started)
+        self._num_failed_steps = 0
 
     @property
     def has_unfinished(self) -> bool:
@@ -115,21 +119,47 @@ class LLMEngine:
     def _run(self, batch: ScheduledBatch) -> list[SequenceOutput]:
         try:
             result = self.runner.run(batch)
-        except (torch.OutOfMemoryError, MemoryError):
-            logger.exception("a step of %d tokens ran out of memory; its requests are ended", batch.num_tokens)
-            return self._give_up(batch)
+        except Exception as error:
+            if not self._is_survivable(error):
+                raise
+            logger.exception("a step of %d tokens failed; its requests are run one by one", batch.num_tokens)
+            return self._run_one_by_one(batch)
+        self._num_failed_steps = 0
+        return self._take(batch, result)
+
+    def _run_one_by_one(self, batch: ScheduledBatch) -> list[SequenceOutput]:
+        """After a step that failed: whoever fails alone too is ended, the others lose nothing."""
+        outputs: list[SequenceOutput] = []
+        num_failed = 0
+        for row, seq in enumerate(batch.sequences):
+            self.runner.forget_sampling()
+            alone = batch.row(row)
+            try:
+                outputs += self._take(alone, self.runner.run(alone))
+            except Exception as error:
+                if not self._is_survivable(error):
+                    raise
+                logger.exception("request %d is ended: its step failed", seq.request_id)
+                self.scheduler.abort(seq.request_id, "error")
+                outputs.append(_finished_output(seq))
+                num_failed += 1
+        self.runner.forget_sampling()
+        self._num_failed_steps = self._num_failed_steps + 1 if num_failed == len(batch.sequences) else 0
+        return outputs
+
+    def _is_survivable(self, error: Exception) -> bool:
+        """Whether to go on: not on a device that may be in any state, nor when nothing at all works any more."""
+        if self._num_failed_steps >= _MAX_FAILED_STEPS:
+            return False
+        return self.runner.device.type == "cpu" or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+    def _take(self, batch: ScheduledBatch, result: RunOutput) -> list[SequenceOutput]:
         sampled = (seq.request_id for seq, wanted in zip(batch.sequences, batch.needs_sample, strict=True) if wanted)
         logprobs = dict(zip(sampled, result.logprobs, strict=True))
         return [
             _output(seq, tokens, finished, logprobs.get(seq.request_id), result.prompt_logprobs.get(seq.request_id))
             for seq, tokens, finished in self.scheduler.update(batch, list(result.token_ids))
         ]
-
-    def _give_up(self, batch: ScheduledBatch) -> list[SequenceOutput]:
-        self.runner.forget_sampling()
-        for seq in batch.sequences:
-            self.scheduler.abort(seq.request_id, "error")
-        return [_finished_output(seq) for seq in batch.sequences]
 
     def _describe(self, load_seconds: float) -> EngineInfo:
         runner, limits, folder = self.runner, self.runner.limits, Path(self.config.model_path)

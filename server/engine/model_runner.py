@@ -30,10 +30,10 @@ from server.engine.step_inputs import InputBuilder, StepInputs
 
 @dataclass(frozen=True, slots=True)
 class RunOutput:
-    """One entry per row of the batch that needed a sample, in order; `prompt_logprobs` by request id, of the sequences
-    whose prompts were scored in part."""
+    """One entry per row of the batch that needed a sample, in order: None where its logits were not numbers.
+    `prompt_logprobs` by request id, of the sequences whose prompts were scored in part."""
 
-    token_ids: list[int]
+    token_ids: list[int | None]
     logprobs: list[list[TokenLogprobs] | None]
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
 
@@ -120,7 +120,9 @@ class ModelRunner:
         sampling = self._sampling_batch(sampled)
         output = self.sampler.sample(logits, sampling, inputs.sample_positions)
         sampling.record(output.token_ids)
-        return RunOutput(output.token_ids.tolist(), _logprobs(sampled, output.token_ids, output.logprobs), scored)
+        return RunOutput(
+            _tokens(logits, output.token_ids), _logprobs(sampled, output.token_ids, output.logprobs), scored
+        )
 
     @torch.inference_mode()
     def compute_logits(self, batch: ScheduledBatch) -> torch.Tensor | None:
@@ -170,6 +172,12 @@ class ModelRunner:
             rows = [_sampling_row(seq) for seq in sampled]
             self._sampling, self._sampling_key = self.sampler.build_batch(rows), key
         return self._sampling
+
+
+def _tokens(logits: torch.Tensor, token_ids: torch.Tensor) -> list[int | None]:
+    """The drawn ids [B], None where the logits [B, V] are NaN; the step's one wait for the device."""
+    broken = logits.gather(1, token_ids[:, None]).isnan().squeeze(1)
+    return [None if token_id < 0 else token_id for token_id in token_ids.masked_fill(broken, -1).tolist()]
 
 
 def _sampling_row(seq: Sequence) -> SamplingRow:

@@ -51,6 +51,16 @@ class ScheduledBatch:
     def num_samples(self) -> int:
         return sum(self.needs_sample)
 
+    def row(self, index: int) -> ScheduledBatch:
+        """The step of one of the sequences alone."""
+        return ScheduledBatch(
+            sequences=[self.sequences[index]],
+            num_scheduled_tokens=[self.num_scheduled_tokens[index]],
+            needs_sample=[self.needs_sample[index]],
+            num_decodes=int(index < self.num_decodes),
+            num_tokens=self.num_scheduled_tokens[index],
+        )
+
 
 class Scheduler:
     """Queues and limits. `max_num_seqs` bounds the running sequences, `max_num_batched_tokens` a step's tokens.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from model.checkpoint import load_config, load_model
 from model.generate import CausalModel, GenerationOutput, generate
@@ -16,6 +17,8 @@ from model.sampling_params import SamplingParams
 from server.engine.config import EngineConfig
 from server.engine.llm_engine import LLMEngine
 from server.engine.messages import AddRequest, SequenceOutput
+from server.engine.model_runner import RunOutput
+from server.engine.scheduler import ScheduledBatch
 from server.engine.sequence import InvalidSequenceError
 from tests.engine.conftest import VOCAB_SIZE
 
@@ -172,20 +175,63 @@ def test_a_request_out_of_bounds_is_refused_and_harms_nobody(llama_checkpoint: P
     assert engine.stats().num_free_blocks == engine.stats().num_blocks
 
 
-def test_memory_running_out_in_a_step_ends_only_that_steps_requests(
-    llama_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"), RuntimeError("a bug")])
+def test_a_step_that_fails_costs_only_the_request_that_fails_alone(
+    error: Exception, llama_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    requests = mixed_requests(6)
+    expected = generate_alone(llama_checkpoint, "float32", requests)
     engine = make_engine(llama_checkpoint, "float32")
-    engine.add(AddRequest(1, [1, 2, 3], SamplingParams(max_tokens=8), 0.0))
+    for request in requests:
+        engine.add(request)
+    run = engine.runner.run
+
+    def fail(batch: ScheduledBatch) -> RunOutput:
+        if any(seq.request_id == 3 and seq.num_output_tokens == 2 for seq in batch.sequences):
+            raise error
+        return run(batch)
+
+    monkeypatch.setattr(engine.runner, "run", fail)
+    outputs = drain_outputs(engine)
+    assert [output.request_id for output in outputs if output.finish_reason == "error"] == [3]
+    for request in requests:
+        if request.request_id != 3:
+            got = [token for output in outputs if output.request_id == request.request_id for token in output.token_ids]
+            assert got == expected[request.request_id].token_ids
+
+
+def test_an_engine_in_which_nothing_works_gives_up(llama_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(llama_checkpoint, "float32")
 
     def fail(batch: object) -> None:
-        raise torch.OutOfMemoryError("out of memory")
+        raise RuntimeError("a bug")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(engine.runner, "run", fail)
+    monkeypatch.setattr(engine.runner, "run", fail)
+    for request_id in range(3):
+        engine.add(AddRequest(request_id, [1, 2, 3], SamplingParams(max_tokens=8), 0.0))
         assert [output.finish_reason for output in engine.step().outputs] == ["error"]
-    engine.add(AddRequest(2, [1, 2, 3], SamplingParams(max_tokens=8, ignore_eos=True), 0.0))
-    assert len(drain(engine)[2]) == 8
+    engine.add(AddRequest(9, [1, 2, 3], SamplingParams(max_tokens=8), 0.0))
+    with pytest.raises(RuntimeError, match="a bug"):
+        engine.step()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_numbers_end_their_request(
+    temperature: float, llama_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(llama_checkpoint, "float32")
+    logits_of = engine.runner.logits
+
+    def spoil_second(hidden: Tensor) -> Tensor:
+        logits = logits_of(hidden)
+        logits[1:2] = torch.nan
+        return logits
+
+    monkeypatch.setattr(engine.runner, "logits", spoil_second)
+    for request_id in range(3):
+        engine.add(AddRequest(request_id, [1, 2, 3], SamplingParams(max_tokens=1, temperature=temperature), 0.0))
+    reasons = {output.request_id: output.finish_reason for output in drain_outputs(engine)}
+    assert reasons == {0: "length", 1: "error", 2: "length"}
 
 
 def test_a_passed_deadline_ends_a_request(llama_checkpoint: Path) -> None:
