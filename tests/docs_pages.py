@@ -7,7 +7,7 @@ import io
 import re
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,15 +44,20 @@ def fenced_blocks(text: str) -> list[Block]:
     return blocks
 
 
-def run_python(path: Path) -> Iterator[Printed]:
-    """Execute a page's Python blocks in order, as one module; a traceback names the page and its line."""
+def run_python(path: Path, run_shell: Callable[[str], None] | None = None) -> Iterator[Printed]:
+    """Execute a page's Python blocks in order, as one module; a traceback names the page and its line.
+
+    `run_shell` gets the text of the shell blocks that stand between them.
+    """
     blocks = fenced_blocks(path.read_text(encoding="utf-8"))
     stated = {id(block.directly_after): block.text for block in blocks if block.language == "text"}
     module = types.ModuleType(f"page_{path.stem.replace('-', '_')}")
     sys.modules[module.__name__] = module  # dataclasses look their module up
     try:
         for block in blocks:
-            if block.language == "python":
+            if block.language == "sh" and run_shell is not None:
+                run_shell(block.text)
+            elif block.language == "python":
                 code = compile("\n" * (block.line - 1) + block.text, str(path), "exec")
                 with contextlib.redirect_stdout(io.StringIO()) as output:
                     exec(code, module.__dict__)

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.settings import load_settings
+from server.batch_settings import BatchSettings
+from server.settings import load_settings, parse_settings
 from tests.docs_pages import Block, fenced_blocks, run_python
 from tests.training.shell import shell_commands, training_command
 
@@ -69,7 +70,9 @@ def test_commands_are_accepted(document: Path, monkeypatch: pytest.MonkeyPatch) 
     for words in shell_commands(text):
         training_command(words)
     for line in text.splitlines():
-        if line.startswith("python -m server "):
+        if line.startswith("python -m server batch "):
+            parse_settings(BatchSettings, line.split()[4:])
+        elif line.startswith("python -m server "):
             load_settings(line.split()[3:])
 
 
