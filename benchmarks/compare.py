@@ -24,10 +24,12 @@ from rich.table import Table
 
 from benchmarks.machine import available_cores, describe_commit, describe_machine, describe_versions
 from benchmarks.peers_environment import PeersError, convert_model, peers_python
-from benchmarks.ratios import Ratio, ratios
+from benchmarks.ratios import CLIENTS, HTTP, LLAMA_SERVER, Figures, Ratio, cpu_goals
+from benchmarks.ratios import compare as compare_with
 from benchmarks.summary import median_of_dicts
-from benchmarks.systems import CLIENTS, ROOT, Figures, Plan, System, SystemFailedError, systems
+from benchmarks.systems import ROOT, Plan, System, SystemFailedError, SystemSkippedError, systems
 
+QUICK = {"num_layers": 2, "num_heads": 2, "hidden_size": 64}
 CACHE = ROOT / "benchmarks" / ".cache"
 
 
@@ -35,21 +37,26 @@ def measure(found: list[System], rounds: int, console: Console) -> tuple[dict[st
     """Run every system once per round. Returns the figures by system, and what went wrong by system.
 
     Rounds run the systems in alternating order, so that a drift of the machine's speed favours nobody. A system that
-    failed is not tried again.
+    failed is not tried again, and neither is one that does not apply here: its details say why it was `skipped`.
     """
     figures: dict[str, list[Figures]] = {}
     failures: dict[str, str] = {}
     for number in range(rounds):
         for system in found if number % 2 == 0 else reversed(found):
-            if system.name in failures:
+            if system.name in failures or "skipped" in system.details:
                 continue
             start = perf_counter()
             try:
-                figures.setdefault(system.name, []).append(system.run(number))
+                measured = system.run(number)
+            except SystemSkippedError as error:
+                system.details["skipped"] = str(error)
+                console.print(f"{system.name} is skipped: {error}", markup=False, style="yellow")
+                continue
             except SystemFailedError as error:
                 failures[system.name] = str(error)
                 console.print(f"round {number + 1}/{rounds}: {system.name} FAILED: {error}", markup=False, style="red")
                 continue
+            figures.setdefault(system.name, []).append(measured)
             console.print(f"round {number + 1}/{rounds}: {system.name} ({perf_counter() - start:.0f} s)", markup=False)
     return {name: runs for name, runs in figures.items() if name not in failures}, failures
 
@@ -66,42 +73,57 @@ def print_speeds(console: Console, medians: dict[str, Figures]) -> None:
     console.print(table)
 
 
-def print_latencies(console: Console, http: Figures) -> None:
-    table = Table(title="Quill over HTTP, milliseconds (medians)", title_justify="left")
+def print_latencies(console: Console, medians: dict[str, Figures]) -> None:
+    """Of every server that was measured."""
+    servers = {name: medians[name] for name in (HTTP, LLAMA_SERVER) if name in medians}
+    table = Table(title="Over HTTP, milliseconds (medians)", title_justify="left")
+    table.add_column("system")
     for column in ("clients", "TTFT p50", "TTFT p99", "ITL p50", "ITL p99", "E2E p50", "client's CPU"):
         table.add_column(column, justify="right")
-    for clients in CLIENTS:
-        names = ("ttft_ms_p50", "ttft_ms_p99", "itl_ms_p50", "itl_ms_p99", "e2e_ms_p50")
-        values = [http.get(f"{name}/{clients}") for name in names]
-        cells = ["–" if value is None else f"{value:.1f}" for value in values]
-        table.add_row(str(clients), *cells, f"{http[f'client_cpu_share/{clients}']:.1%}")
-    console.print(table)
+    for name, figures in servers.items():
+        for clients in CLIENTS:
+            names = ("ttft_ms_p50", "ttft_ms_p99", "itl_ms_p50", "itl_ms_p99", "e2e_ms_p50")
+            values = [figures.get(f"{key}/{clients}") for key in names]
+            cells = ["–" if value is None else f"{value:.1f}" for value in values]
+            table.add_row(name, str(clients), *cells, f"{figures[f'client_cpu_share/{clients}']:.1%}")
+    if servers:
+        console.print(table)
 
 
 def print_ratios(console: Console, found: Sequence[Ratio]) -> None:
-    table = Table(title="Ratios, ours ÷ theirs, and against whom", title_justify="left")
-    table.add_column("")
-    for streams in CLIENTS:
-        table.add_column(f"{streams} stream{'s' if streams > 1 else ''}")
-    for name in dict.fromkeys(ratio.name for ratio in found):
-        cells = {ratio.streams: ratio_cell(ratio) for ratio in found if ratio.name == name}
-        table.add_row(name, *(cells.get(streams, "") for streams in CLIENTS))
+    """The goals; for times the ratio is theirs ÷ ours."""
+    table = Table(title="Goals: ours ÷ the best of theirs (of times: theirs ÷ ours)", title_justify="left")
+    for column in ("", "ours", "theirs", "of", "ratio", "goal", ""):
+        table.add_column(column, justify="left" if column in ("", "of") else "right")
+    for ratio in found:
+        if ratio.value is None and ratio.goal.least is None:
+            continue
+        table.add_row(*ratio_cells(ratio))
     console.print(table)
 
 
-def ratio_cell(ratio: Ratio) -> str:
-    goal = "" if ratio.goal is None else f", goal {ratio.goal:.1f} {'met' if ratio.met else 'MISSED'}"
-    return f"{ratio.value:.2f} ({ratio.against}{goal})"
+def ratio_cells(ratio: Ratio) -> tuple[str, ...]:
+    unit = " ms" if ratio.goal.is_time else ""
+    ours, theirs = (
+        "–" if value is None else f"{value:,.1f}{unit}" if value < 1_000 else f"{value:,.0f}{unit}"
+        for value in (ratio.ours, ratio.theirs)
+    )
+    value = "–" if ratio.value is None else f"{ratio.value:.2f}"
+    goal = "" if ratio.goal.least is None else f"≥ {ratio.goal.least:g}"
+    verdict = "" if ratio.met is None else "met" if ratio.met else "MISSED"
+    if ratio.value is None:
+        verdict = f"not measured: {ratio.missing}"
+    return ratio.goal.name, ours, theirs, ratio.against, value, goal, verdict
 
 
 def prepare(args: argparse.Namespace, console: Console) -> Plan:
     """Make what is missing: the model, the peers' environment, the converted weights. Raises PeersError."""
-    model: Path = args.model or CACHE / "gpt2-random"
+    model: Path = args.model or CACHE / ("gpt2-random-quick" if args.quick else "gpt2-random")
     if args.model is None and not (model / "config.json").exists():
-        console.print("making a GPT-2 124M with random weights")
+        console.print("making a GPT-2 with random weights")
         from benchmarks.make_model import make_model
 
-        make_model("gpt2", model)
+        make_model("gpt2", model, **(QUICK if args.quick else {}))
     config = json.loads((model / "config.json").read_text())
     python = None
     converted = CACHE / f"{model.name}.peers"
@@ -119,6 +141,7 @@ def prepare(args: argparse.Namespace, console: Console) -> Plan:
         device=args.device,
         peers_python=python,
         engine_options=tuple(shlex.split(args.engine_options)),
+        context=config.get("n_positions") or config["max_position_embeddings"],
     )
 
 
@@ -131,15 +154,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
     started = datetime.now(UTC)
     figures, failures = measure(found, args.rounds, console)
     medians = {system.name: median_of_dicts(figures[system.name]) for system in found if system.name in figures}
-    kinds = {system.name: system.kind for system in found}
-    by_kind = {
-        kind: next((medians[name] for name in medians if kinds[name] == kind), None) for kind in ("engine", "http")
-    }
-    peers = {name: row for name, row in medians.items() if kinds[name] == "peer"}
-    comparison = ratios(by_kind["engine"], by_kind["http"], peers)
+    comparison = compare_with(cpu_goals(), medians)
     print_speeds(console, medians)
-    if by_kind["http"] is not None:
-        print_latencies(console, by_kind["http"])
+    print_latencies(console, medians)
     print_ratios(console, comparison)
     result: dict[str, Any] = {
         "date": started.isoformat(timespec="seconds"),
@@ -180,7 +197,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--engine-options", default="", metavar="OPTIONS",
         help="further options for the engine alone and the server alike, such as '--quantization int8'",
     )  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="does it all run? a tiny model, figures that say nothing")
     args = parser.parse_args(argv)
+    if args.quick:
+        args.rounds, args.seconds, args.prompt_len, args.output_len = 1, 0.0, 8, 6
     if args.rounds < 1:
         parser.error("--rounds must be at least 1")
     return args

@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from model.checkpoint import save_model
 from model.errors import QuillError
@@ -19,12 +20,13 @@ from model.transformer import Transformer
 GPT2_VOCAB_SIZE = 50_257
 
 
-def make_model(preset: str, out: Path, seed: int = 0) -> None:
+def make_model(preset: str, out: Path, seed: int = 0, **overrides: Any) -> None:
     """Write a checkpoint folder in float32, with GPT-2's tokenizer where the vocabulary is GPT-2's.
 
-    Raises ConfigError for an unknown preset and CheckpointError if the folder cannot be written.
+    `overrides` are fields of the preset's config. Raises ConfigError for an unknown preset or field and CheckpointError
+    if the folder cannot be written.
     """
-    config = create_config(preset)
+    config = create_config(preset, **overrides)
     model = Transformer(config)
     model.init_weights(seed)
     tokenizer = Tokenizer.gpt2() if config.vocab_size == GPT2_VOCAB_SIZE else None

@@ -19,8 +19,8 @@ from functools import partial
 from time import monotonic, perf_counter
 from typing import Any
 
-from benchmarks.workload import BatchTiming, Workload, random_prompts, rates, repeat_for
-from model.errors import QuillError
+from benchmarks.workload import EXIT_REFUSED, BatchTiming, Workload, random_prompts, rates, repeat_for
+from model.errors import ConfigError, QuillError
 from model.sampling_params import SamplingParams
 from server.engine.config import EngineConfig
 from server.engine.environment import engine_environment
@@ -106,21 +106,36 @@ def all_decoding(marks: Sequence[StepMark], batch: int) -> tuple[int, float]:
     return closing.tokens - opening.tokens, closing.at - opening.at
 
 
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="checkpoint folder")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--quantization", default="none")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--max-num-seqs", type=int)
+    parser.add_argument("--max-num-batched-tokens", type=int)
+    parser.add_argument("--kv-cache-memory", type=int, metavar="BYTES")
+
+
+def engine_config(args: argparse.Namespace, *, prefix_caching: bool = True) -> EngineConfig:
+    """What `add_engine_arguments` asked for."""
+    return EngineConfig(
+        model_path=args.model,
+        model_name="benchmark",
+        device=args.device,
+        dtype=args.dtype,
+        quantization=args.quantization,
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        kv_cache_memory=args.kv_cache_memory,
+        num_threads=args.threads,
+        prefix_caching=prefix_caching,
+    )
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Load the engine and time every batch size. Raises BenchmarkError or QuillError."""
-    engine = LLMEngine(
-        EngineConfig(
-            model_path=args.model,
-            model_name="benchmark",
-            device=args.device,
-            dtype=args.dtype,
-            quantization=args.quantization,
-            max_num_seqs=args.max_num_seqs,
-            max_num_batched_tokens=args.max_num_batched_tokens,
-            kv_cache_memory=args.kv_cache_memory,
-            num_threads=args.threads,
-        )
-    )
+    engine = LLMEngine(engine_config(args))
     vocab_size = engine.runner.model_config.vocab_size
     workload = Workload(args.prompt_len, args.output_len, vocab_size)
     benchmark = OfflineBenchmark(engine, workload, max(args.batches))
@@ -158,17 +173,10 @@ def print_table(figures: dict[str, Any]) -> None:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.offline", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--model", required=True, help="checkpoint folder")
+    add_engine_arguments(parser)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 64], help="numbers of streams")
     parser.add_argument("--prompt-len", type=int, default=64)
     parser.add_argument("--output-len", type=int, default=64)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--quantization", default="none")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--max-num-seqs", type=int)
-    parser.add_argument("--max-num-batched-tokens", type=int)
-    parser.add_argument("--kv-cache-memory", type=int, metavar="BYTES")
     parser.add_argument("--seconds", type=float, default=1.5, help="time to spend per number of streams")
     parser.add_argument("--json-only", action="store_true", help="no table")
     return parser.parse_args(argv)
@@ -187,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         figures = measure(args)
     except (BenchmarkError, QuillError) as error:
         print(f"offline benchmark failed: {error}", file=sys.stderr)
-        return 1
+        return EXIT_REFUSED if isinstance(error, ConfigError) else 1
     if not args.json_only:
         print_table(figures)
     print(json.dumps(figures))

@@ -32,20 +32,28 @@ def running_server(arguments: Sequence[str], timeout: float = 120.0) -> Iterator
 
     Raises ServerError, with the end of the server's log, if it dies or takes longer than `timeout` seconds.
     """
+    with running_command([sys.executable, "-m", "server", *arguments], "/ready", timeout) as url:
+        yield url
+
+
+@contextmanager
+def running_command(command: Sequence[str], ready_path: str, timeout: float = 120.0) -> Iterator[str]:
+    """Any server that takes `--port`; yields its base URL once `ready_path` says 200. Raises ServerError."""
     port = free_port()
-    command = [sys.executable, "-m", "server", "--port", str(port), *arguments]
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [*command, "--port", str(port)], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+        )
         try:
-            _wait_ready(process, port, timeout, log)
+            _wait_ready(process, port, ready_path, timeout, log)
             yield f"http://127.0.0.1:{port}"
         finally:
             _stop(process)
 
 
-def _wait_ready(process: subprocess.Popen[bytes], port: int, timeout: float, log: IO[bytes]) -> None:
+def _wait_ready(process: subprocess.Popen[bytes], port: int, path: str, timeout: float, log: IO[bytes]) -> None:
     deadline = time.monotonic() + timeout
-    while not _answers(port):
+    while not _answers(port, path):
         if process.poll() is not None:
             raise ServerError(f"the server ended with exit code {process.returncode}:\n{_tail(log)}")
         if time.monotonic() > deadline:
@@ -53,10 +61,10 @@ def _wait_ready(process: subprocess.Popen[bytes], port: int, timeout: float, log
         time.sleep(0.05)
 
 
-def _answers(port: int) -> bool:
+def _answers(port: int, path: str) -> bool:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
     try:
-        connection.request("GET", "/ready")
+        connection.request("GET", path)
         return connection.getresponse().status == 200
     except (OSError, http.client.HTTPException):
         return False

@@ -10,6 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 
+EXIT_REFUSED = 3
+"""The exit code of a script whose engine does not offer here what the options ask of it."""
+
 
 @dataclass(frozen=True)
 class Workload:

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.ratios import ratios
 from benchmarks.summary import Summary, median_of_dicts, percentile
 from benchmarks.workload import BatchTiming, Workload, random_prompts, rates, repeat_for
 
@@ -55,27 +54,3 @@ def test_a_run_is_repeated_with_new_seeds_after_an_untimed_one() -> None:
     timings = repeat_for(0.0, run, at_least=3)
     assert seeds == [0, 1, 2, 3]
     assert [timing.total_seconds for timing in timings] == [1.0, 2.0, 3.0]
-
-
-def _figures(speed: float) -> dict[str, float]:
-    return {f"{what}/{n}": speed for what in ("end_to_end", "decode", "prefill") for n in (1, 8, 32)}
-
-
-def test_ratios_are_against_the_best_peer_of_each_figure() -> None:
-    slow_but_one = _figures(50.0) | {"end_to_end/32": 400.0}
-    peers = {"transformers bf16": _figures(100.0), "other": slow_but_one}
-    found = {(r.name, r.streams): r for r in ratios(_figures(250.0), _figures(200.0), peers)}
-    at_8 = found["HTTP ÷ best peer, prefill included", 8]
-    at_32 = found["HTTP ÷ best peer, prefill included", 32]
-    assert (at_8.value, at_8.against, at_8.met) == (2.0, "transformers bf16", True)
-    assert (at_32.value, at_32.against, at_32.met) == (0.5, "other", False)
-    assert found["HTTP ÷ engine alone", 8].value == 0.8
-    assert found["HTTP ÷ engine alone", 8].met is False
-    assert found["HTTP ÷ transformers", 8].met is True
-    assert found["HTTP ÷ transformers", 1].met is None
-
-
-def test_ratios_leave_out_what_was_not_measured() -> None:
-    assert ratios(None, None, {"other": _figures(1.0)}) == []
-    names = {r.name for r in ratios(_figures(2.0), None, {"other": _figures(1.0)})}
-    assert names == {f"engine ÷ best peer, {what}" for what in ("end to end", "decode", "prefill")}
