@@ -4,7 +4,7 @@ import { Api } from "./api.js";
 import { byId, make, wireCopy } from "./dom.js";
 import { EngineView } from "./engine_view.js";
 import { RequestForm } from "./form.js";
-import { fillModels, showModel } from "./model_view.js";
+import { digest, fillModels, showModel } from "./model_view.js";
 import { fromFragment, sameWeights, toFragment } from "./replay.js";
 import { apiKey } from "./stored.js";
 import { StreamView } from "./stream_view.js";
@@ -26,18 +26,23 @@ let running = null; // the AbortController of the request in flight
 // Connecting
 
 async function connect() {
+  if (await refresh()) followFragment();
+}
+
+/** Ask what is served and show it; until the server tells, ask for a key or try again. False when it did not tell. */
+async function refresh() {
   try {
     info = await api.info();
   } catch (error) {
     if (error.status === 401) askForKey(apiKey.get() ? "That key does not open this server." : "");
     else setTimeout(connect, RETRY);
-    return;
+    return false;
   }
   byId("key-panel").hidden = true;
   byId("forget-key").hidden = !apiKey.get();
   fillModels(byId("model"), info.models);
   modelChanged();
-  followFragment();
+  return true;
 }
 
 function chosenModel() {
@@ -87,10 +92,18 @@ function followFragment() {
   }
 }
 
-function showReplay({ state, seed }) {
-  byId("replay").href = toFragment(state, chosenModel()?.weights);
+function showReplay({ state, seed }, { weights, step }) {
+  byId("replay").href = toFragment(state, weights);
   byId("seed-used").textContent = seed;
+  byId("weights-used").replaceChildren(digest(weights) ?? "–", Number.isInteger(step) ? `, step ${step}` : "");
   byId("result").hidden = false;
+}
+
+/** The answer tells which weights wrote it: others than those on the card when the server has reloaded since. */
+async function showProvenance(request) {
+  if (!view.provenance) return;
+  showReplay(request, view.provenance);
+  if (view.provenance.weights !== chosenModel()?.weights) await refresh();
 }
 
 // Generating
@@ -101,11 +114,13 @@ async function generate() {
   notice("");
   card.close();
   setRunning(new AbortController());
-  showReplay(request);
+  const model = chosenModel();
+  showReplay(request, { weights: model.weights, step: model.provenance?.step });
   view.start(request.count);
   say("Generating …");
   say(view.finish(await stream(request)));
   setRunning(null);
+  await showProvenance(request);
 }
 
 /** Show the answer as it comes. Returns how it ended in a word, or "" when the server ended it. */
@@ -181,4 +196,4 @@ function wire() {
 
 wire();
 connect();
-new EngineView(api).run();
+new EngineView(api, refresh).run();

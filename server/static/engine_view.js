@@ -13,12 +13,16 @@ const STATES = {
 
 export class EngineView {
   #api;
+  #onReturn;
+  #lost = false;
   #last = null;
   #rates = [];
   #refusedKey = null;
 
-  constructor(api) {
+  /** `onReturn` is called when the server answers again after it did not: it may serve another model by then. */
+  constructor(api, onReturn) {
     this.#api = api;
+    this.#onReturn = onReturn;
   }
 
   /** Look now and every second, while the page can be seen. */
@@ -36,9 +40,12 @@ export class EngineView {
     try {
       this.#show(await this.#api.stats());
       this.#refusedKey = null;
+      if (this.#lost) this.#onReturn();
+      this.#lost = false;
     } catch (error) {
       const locked = error.status === 401;
       this.#last = null;
+      this.#lost = !locked;
       this.#refusedKey = locked ? key : null;
       showState(locked ? "locked" : "lost", locked ? "API key needed" : "Not reachable");
     }

@@ -52,7 +52,7 @@ function precision({ dtype, quantization }) {
 }
 
 /** The head of a digest; all of it in the title and among "everything the server says". */
-function digest(value) {
+export function digest(value) {
   if (!value) return null;
   return make("code", { title: value }, value.replace(/^sha256:/, "").slice(0, 12));
 }

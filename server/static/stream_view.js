@@ -88,6 +88,7 @@ export class StreamView {
     this.numFirst = 0;
     this.numTokens = 0;
     this.usage = null;
+    this.provenance = null;
     this.#showFigures();
   }
 
@@ -98,6 +99,7 @@ export class StreamView {
     }
     if (event.usage) {
       this.usage = event.usage;
+      this.provenance = event.provenance;
     }
     if (performance.now() - this.#lastShown > FIGURES_PERIOD) this.#showFigures();
   }

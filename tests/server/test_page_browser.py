@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 from playwright.sync_api import Browser, Page, Route, expect
 
@@ -343,6 +344,19 @@ def test_several_models(page: Page) -> None:
     select.select_option("labels")
     expect(page.get_by_role("button", name="Generate")).to_be_disabled()
     expect(page.locator("#notice")).to_contain_text("POST /classify")
+
+
+def test_other_weights_are_seen_by_the_answer_they_gave(page: Page, engine: PageEngine) -> None:
+    """As after a reload in the server: the card follows, and the replay link names the weights that wrote the text."""
+    generate(page)
+    expect(page.locator("#weights-used")).to_have_text("abc, step 5000")
+    [model] = engine._info.models
+    newer = msgspec.structs.replace(model, weights_digest="sha256:0123456789abcdef0123", provenance={"step": 6000})
+    engine._info = msgspec.structs.replace(engine._info, models=[newer])
+    generate(page)
+    expect(page.locator("#weights-used")).to_have_text("0123456789ab, step 6000")
+    expect(page.locator("#model-provenance")).to_contain_text("6,000")
+    assert "weights=0123456789abcdef" in str(page.locator("#replay").get_attribute("href"))
 
 
 def test_it_waits_for_a_model_that_loads(browser: Browser) -> None:
