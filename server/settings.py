@@ -112,7 +112,8 @@ class EngineSettings(BaseSettings):
 
 
 class Settings(EngineSettings):
-    """Everything an operator of the server can set; lists take commas or repeated options."""
+    """Serve a model over HTTP; `python -m server batch` answers a file of requests. Lists take commas or repeated
+    options."""
 
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
     port: int = Field(8000, ge=0, le=65_535, description="port to listen on; 0 picks a free one")
@@ -183,7 +184,7 @@ def resolve_model_names(settings: AnySettings) -> AnySettings:
 def _sentence(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_input=False)[0]
     name = str(first["loc"][0]) if first["loc"] else "settings"
-    message = first["msg"].removeprefix("Value error, ")
+    message = "must be given" if first["type"] == "missing" else first["msg"].removeprefix("Value error, ")
     return f"--{name.replace('_', '-')} (QUILL_{name.upper()}): {message[:1].lower()}{message[1:]}"
 
 

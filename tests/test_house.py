@@ -53,7 +53,9 @@ TORCH_FREE = (
     "server.engine.scheduler",
     "server.engine.client",
     "server.app",
+    "server.batch_cli",
     "server.cli",
+    "server.llm",
     "server.__main__",
 )
 

@@ -6,6 +6,7 @@ import asyncio
 import fcntl
 import json
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from model.sampling_params import SamplingParams
+from model.tokenizer import Tokenizer
 from server import batch_cli
 from server.batch import Batch, BatchStoppedError
 from server.batch_files import AnswerFile, read_requests
@@ -306,7 +308,7 @@ def test_wrong_usage_is_one_sentence_and_exit_2(
 ) -> None:
     files = ["--input", str(source), "--output", str(tmp_path / "out")]
     for arguments, words in (
-        ([], "--input"),
+        ([], "--input (QUILL_INPUT): must be given"),
         (files[:2], "--output"),
         (["--input", str(tmp_path / "none"), *files[2:]], "--input: "),
         (["--input", str(tmp_path), *files[2:]], "Is a directory"),
@@ -344,6 +346,20 @@ def test_when_nothing_is_missing_no_engine_is_started(
     assert (tmp_path / "out").read_bytes() == before
 
 
+def test_a_terminal_sees_how_far_it_is(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr("server.engine.client.AsyncEngine", lambda *_: FakeEngine())
+    monkeypatch.setattr("server.serve.tokenizer_of", lambda settings: Tokenizer.bytes())
+    assert batch_cli.main(["--input", str(source), "--output", str(tmp_path / "out")]) == 0
+    out, err = capsys.readouterr()
+    assert out == "out: 40 lines answered\n"
+    assert "40/40" in re.sub(r"\x1b\[[0-9;]*m", "", err)
+    assert "tokens/s" in err
+
+
 @pytest.mark.parametrize("number", [2, 15])
 def test_signals_end_it_with_their_code_and_a_valid_file(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
@@ -358,7 +374,7 @@ def test_signals_end_it_with_their_code_and_a_valid_file(
 
     patched = {"script": script}
     monkeypatch.setattr("server.engine.client.AsyncEngine", lambda config, limit: FakeEngine(patched["script"]))
-    monkeypatch.setattr("server.serve.tokenizer_of", lambda settings: make_app(FakeEngine()).state.services.tokenizer)
+    monkeypatch.setattr("server.serve.tokenizer_of", lambda settings: Tokenizer.bytes())
     command = ["--input", str(source), "--output", str(out)]
     assert batch_cli.main(command) == 128 + number
     kept = len(answers_of(out))

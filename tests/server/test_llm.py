@@ -72,8 +72,8 @@ def logprobs_of(choice: Completion) -> list[dict[str, Any]] | None:
 
 
 def test_mixed_prompts_equal_generate_alone(llm: LLM, model: Transformer) -> None:
-    bodies = [{"prompt": "a long story", "max_tokens": 250, "n": 4, "ignore_eos": True, "seed": 4}]
-    bodies += mixed_bodies(model, 24)
+    bodies = [{"prompt": "a long story", "max_tokens": 150, "n": 4, "ignore_eos": True, "seed": 4}]
+    bodies += mixed_bodies(model, 16)
     outputs = llm.generate([body["prompt"] for body in bodies], [params_of(body) for body in bodies])
     assert llm._open_engine.stats().num_preemptions > 0
     for output, body in zip(outputs, bodies, strict=True):
