@@ -14,7 +14,7 @@ import pytest
 from tests.training.conftest import ConfigMaker
 from training.errors import RecipeError
 from training.recipe import config_to_tree
-from training.reporting.trackers import make_trackers
+from training.reporting.trackers import TensorBoard, make_trackers
 
 TRAIN = {"split": "train", "loss": 2.5, "lr": 1e-3, "tokens_per_second": 100.0, "mfu": None, "tokens": 64}
 VAL = {"split": "val", "loss": 2.75, "perplexity": math.inf, "bits_per_byte": math.nan, "lr": 1e-3}
@@ -52,23 +52,35 @@ def test_tensorboard_shows_each_number_once(make_config: ConfigMaker) -> None:
     assert events(folder) == expected
 
 
+def test_tensorboard_without_room_is_named(make_config: ConfigMaker, full_disk: Path) -> None:
+    config = make_config(run__tensorboard=True)
+    tracker = TensorBoard(Path(config.run.dir) / "tensorboard")
+    tracker._open = lambda: full_disk.open("wb")  # type: ignore[method-assign]
+    for _ in range(2):
+        with pytest.raises(RecipeError, match="run/tensorboard cannot be written: No space left on device"):
+            tracker.log(1, {"train/loss": 2.5})
+    with pytest.raises(RecipeError, match="run/tensorboard cannot be written: No space left on device"):
+        tracker.close()
+
+
 def test_a_resumed_run_leaves_no_duplicates_in_tensorboard(make_config: ConfigMaker) -> None:
     config = make_config(run__tensorboard=True)
     killed = make_trackers(config, "run-1")
     for step in (1, 2, 3, 4):
         killed.log({"step": step, "split": "train", "loss": float(step)})
-    resumed = make_trackers(config, "run-1")  # the first is never closed
+    resumed = make_trackers(config, "run-1")  # the first has not been closed
     for step in (3, 4, 5):
         resumed.log({"step": step, "split": "train", "loss": 10.0 + step})
     resumed.close()
     shown = events(Path(config.run.dir) / "tensorboard")
     assert shown == {"train/loss": [(1, 1.0), (2, 2.0), (3, 13.0), (4, 14.0), (5, 15.0)]}
+    killed.close()
 
 
 @pytest.mark.parametrize(
     ("changes", "module", "key", "extra"),
     [
-        ({"run__tensorboard": True}, "torch.utils.tensorboard", "run.tensorboard", "quill[tensorboard]"),
+        ({"run__tensorboard": True}, "tensorboard.compat.proto", "run.tensorboard", "quill[tensorboard]"),
         ({"run__wandb": "project"}, "wandb", "run.wandb", "quill[wandb]"),
     ],
 )

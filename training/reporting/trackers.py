@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from model.file_errors import naming_file
 from training.config import TrainConfig
@@ -61,32 +62,47 @@ def make_trackers(config: TrainConfig, run_id: str) -> Trackers:
 
 
 class TensorBoard:
-    """Event files in a folder. Raises RecipeError without the extra `tensorboard`.
+    """One event file in a folder. Raises RecipeError without the extra `tensorboard`, or when the disk refuses.
 
-    The file is opened with the first scalars: their step is the `purge_step` that makes TensorBoard forget what an
-    interrupted run had written from there on.
+    The file is opened with the first scalars: their step begins a session, which makes TensorBoard forget what an
+    interrupted run had written from there on. Every line is written at once, for a killed run resumes behind what it
+    has logged; the package's own writer would do it in a thread, which prints a stack of calls when the disk is full.
     """
 
     def __init__(self, folder: Path) -> None:
         try:
-            from torch.utils.tensorboard import SummaryWriter
+            from tensorboard.compat.proto import event_pb2, summary_pb2
+            from tensorboard.summary.writer.record_writer import RecordWriter
         except ImportError:
             raise RecipeError(_not_installed("run.tensorboard", "TensorBoard", "tensorboard")) from None
-        self._folder, self._writer_class = folder, SummaryWriter
-        self._writer: SummaryWriter | None = None
+        self._folder, self._events, self._summaries, self._records = folder, event_pb2, summary_pb2, RecordWriter
+        self._file: BinaryIO | None = None
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        values = [self._summaries.Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
         with naming_file(self._folder, "written", RecipeError):
-            if self._writer is None:
-                self._writer = self._writer_class(str(self._folder), purge_step=step)
-            for name, value in scalars.items():
-                self._writer.add_scalar(name, value, step)
-            self._writer.flush()  # a killed run resumes behind what it has logged, so nothing may wait in memory
+            if self._file is None:
+                self._file = self._open()
+                self._write(file_version="brain.Event:2")
+                session = self._events.SessionLog
+                self._write(step=step, session_log=session(status=session.START))
+            self._write(step=step, summary=self._summaries.Summary(value=values))
+            self._file.flush()
 
     def close(self) -> None:
-        if self._writer is not None:
+        if self._file is not None:
             with naming_file(self._folder, "written", RecipeError):
-                self._writer.close()
+                self._file.close()
+
+    def _open(self) -> BinaryIO:
+        """TensorBoard reads a folder's files in the order of their names, which begin with the time."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        now = time.time_ns()
+        return (self._folder / f"events.out.tfevents.{now // 10**9:010d}.{now % 10**9:09d}").open("xb")
+
+    def _write(self, **fields: Any) -> None:
+        event = self._events.Event(wall_time=time.time(), **fields)
+        self._records(self._file).write(event.SerializeToString())
 
 
 class WeightsAndBiases:
