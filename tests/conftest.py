@@ -21,6 +21,19 @@ for _name in [name for name in os.environ if name.startswith("QUILL_")]:
 _LOOPBACK = ("127.", "::1", "localhost", "0.0.0.0")
 
 
+@pytest.fixture(scope="module")
+def quiet_transformers() -> Iterator[None]:
+    """Asked for by files whose many loads and warnings of transformers would bury what pytest says."""
+    from transformers import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    yield
+    logging.set_verbosity(verbosity)
+    logging.enable_progress_bar()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def no_network() -> Iterator[None]:
     """Connections of the test process that would leave the machine raise."""

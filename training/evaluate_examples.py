@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.evaluation import Evaluation
 from model.transformer import Transformer
 from training.data.examples import ExampleRows, ExampleSplit
 from training.distributed import Distributed
-from training.evaluate import Evaluation
 from training.loss import summed_cross_entropy
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from model.evaluation import Evaluation
 from training.checkpoint import RunState
-from training.evaluate import Evaluation
 
 
 @dataclass(slots=True)

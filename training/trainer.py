@@ -17,13 +17,14 @@ from dataclasses import dataclass, field
 import torch
 
 from model.checkpoint import Provenance
+from model.evaluation import Evaluation
 from model.transformer import Transformer
 from training.build import DTYPES
 from training.checkpoint import CheckpointManager, RunState, Snapshot
 from training.config import TrainConfig
 from training.data.examples import ExampleSplit
 from training.errors import DivergedError
-from training.evaluate import Evaluation, Tokens, evaluate_windows
+from training.evaluate import Tokens, evaluate_windows
 from training.evaluate_examples import evaluate_examples
 from training.lora import adapter_scale
 from training.metrics import flops_per_token, peak_flops, peak_memory

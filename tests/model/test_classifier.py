@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from model.presets import create_config
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
 TOLERANCE = 1e-4
 VOCAB, PAD = 96, 95
 LABELS = ("ham", "spam", "naïve ✓")
@@ -59,16 +60,6 @@ OURS: dict[str, ModelConfig] = {
     "qwen2": replace(_SMALL_LLAMA, architecture="qwen2", qkv_bias=True),
     "qwen3": replace(_SMALL_LLAMA, architecture="qwen3", qk_norm=True, head_dim=16),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quiet_transformers() -> Iterator[None]:
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    yield
-    transformers.logging.set_verbosity(verbosity)
-    transformers.logging.enable_progress_bar()
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from model.presets import create_config
 from model.transformer import Transformer
 
 TOLERANCE = 1e-4
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
 VOCAB = 96
 _GPT = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 _LLAMA = {
@@ -78,16 +79,6 @@ OURS: dict[str, ModelConfig] = {
     "qwen2-window": replace(_SMALL_LLAMA, architecture="qwen2", qkv_bias=True, sliding_window=6),
     "qwen3-window": replace(_SMALL_LLAMA, architecture="qwen3", qk_norm=True, head_dim=16, sliding_window=6),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quiet_transformers() -> Iterator[None]:
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    yield
-    transformers.logging.set_verbosity(verbosity)
-    transformers.logging.enable_progress_bar()
 
 
 @pytest.fixture

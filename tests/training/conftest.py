@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -69,6 +69,14 @@ def full_disk() -> Path:
     return path
 
 
+def config_of(tree: dict[str, dict[str, object]], changes: Mapping[str, object]) -> TrainConfig:
+    """The recipe with some keys replaced: `section__key=value`."""
+    for name, value in changes.items():
+        section, key = name.split("__")
+        tree[section][key] = value
+    return build_config(tree)
+
+
 ConfigMaker = Callable[..., TrainConfig]
 
 
@@ -86,10 +94,7 @@ def make_config(data_dir: Path, tmp_path: Path) -> ConfigMaker:
                       "eval_tokens": 200, "save_interval": 4},
             "run": {"dir": str(tmp_path / "run")},
         }  # fmt: skip
-        for name, value in changes.items():
-            section, key = name.split("__")
-            tree[section][key] = value
-        return build_config(tree)
+        return config_of(tree, changes)
 
     return make
 

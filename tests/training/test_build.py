@@ -237,7 +237,7 @@ def test_without_a_tokenizer_in_the_folder_the_sizes_must_fit(tmp_path: Path) ->
 
 
 def test_a_folder_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"model\.init_from: .*absent is not a folder"):
+    with pytest.raises(RecipeError, match=r"model\.init_from: .*absent is neither a folder"):
         config_of({"init_from": str(tmp_path / "absent")})
     folder = hf_folder(tmp_path / "hf")
     with pytest.raises(RecipeError, match=r"train\.seq_len is 99 but the model's max_seq_len is only 24"):

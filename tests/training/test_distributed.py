@@ -19,13 +19,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.training.conftest import train
+from tests.training.conftest import config_of, train
 from training.checkpoint import step_folders
 from training.config import TrainConfig
 from training.distributed import init_distributed
 from training.errors import RecipeError
 from training.launch import one_voice, share_cores
-from training.recipe import build_config, config_to_toml, config_to_tree
+from training.recipe import config_to_toml, config_to_tree
 
 ROOT = Path(__file__).parents[2]
 STEPS = 20
@@ -57,10 +57,7 @@ def recipe(data: Path, run: Path, **changes: object) -> TrainConfig:
                   "log_interval": 1, "eval_interval": 10, "eval_tokens": 300, "save_interval": 10},
         "run": {"dir": str(run)},
     }  # fmt: skip
-    for name, value in changes.items():
-        section, key = name.split("__")
-        tree[section][key] = value
-    return build_config(tree)
+    return config_of(tree, changes)
 
 
 def losses(run: Path, split: str = "train") -> list[float]:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from model.checkpoint import load_model
-from tests.training.conftest import train
+from tests.training.conftest import config_of, train
 from tests.training.instructions import make_rows, save_tiny_llama, write_rows
 from training.config import TrainConfig
 from training.data.dataset import open_split
@@ -27,7 +27,6 @@ from training.data.token_split import TokenSplit
 from training.distributed import Distributed
 from training.errors import DataError, RecipeError
 from training.evaluate_examples import evaluate_answers, evaluate_examples
-from training.recipe import build_config
 from training.run import open_inputs
 from training.tasks.instruct_data import InstructDataRequest, prepare_instructions
 
@@ -151,10 +150,7 @@ def recipe(data: Path, base: Path, run: Path, **changes: object) -> TrainConfig:
                   "device": "cpu", "log_interval": 1, "eval_interval": 2, "save_interval": 2},
         "run": {"dir": str(run)},
     }  # fmt: skip
-    for name, value in changes.items():
-        section, key = name.split("__")
-        tree[section][key] = value
-    return build_config(tree)
+    return config_of(tree, changes)
 
 
 def losses(config: TrainConfig, split: str = "train") -> list[float]:

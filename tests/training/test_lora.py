@@ -13,14 +13,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from model.checkpoint import load_model
-from tests.training.conftest import train
+from tests.training.conftest import config_of, train
 from tests.training.instructions import save_tiny_llama
 from training.checkpoint import step_folders
 from training.config import TrainConfig, TrainSection
 from training.errors import RecipeError, ResumeError
 from training.lora import adapter_scale, add_adapters, merge_adapters
 from training.optim import build_optimizers
-from training.recipe import build_config
 
 SETTINGS = TrainSection(lora_rank=2, lora_alpha=6.0, seed=5, weight_decay=0.0, dtype="float32")
 
@@ -39,10 +38,7 @@ def recipe(data: Path, base: Path, run: Path, **changes: object) -> TrainConfig:
                   "lora_rank": 2, "lora_alpha": 6.0},
         "run": {"dir": str(run)},
     }  # fmt: skip
-    for name, value in changes.items():
-        section, key = name.split("__")
-        tree[section][key] = value
-    return build_config(tree)
+    return config_of(tree, changes)
 
 
 def test_a_new_adapter_changes_nothing_and_is_all_that_has_gradients(base: Path) -> None:

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from model.evaluation import Evaluation
 from tests.training.conftest import ConfigMaker, train
 from training.checkpoint import read_state, step_folders
 from training.config import TrainConfig
 from training.data.dataset import open_split
 from training.errors import DivergedError
-from training.evaluate import Evaluation, evaluate_checkpoint
+from training.evaluate import evaluate_checkpoint
 from training.loss import summed_cross_entropy
 from training.progress import Progress, Stopwatch
 from training.step import StepResult

@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from model.evaluation import Evaluation
 from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
-from training.evaluate import Evaluation
 from training.generate import sample
 
 
