@@ -133,6 +133,15 @@ def test_a_download_that_was_cut_short_goes_on(hub: HubStandIn) -> None:
     assert (found / "tokenizer.json").is_file()
 
 
+def test_a_full_disk_is_told(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **options: object) -> str:
+        raise OSError(28, "No space left on device", "a path of the cache")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", full)
+    with pytest.raises(HubError, match=r"and the files could not be fetched \(No space left on device\)$"):
+        resolve_model(REPO)
+
+
 def test_shards_are_fetched_with_their_index(hub: HubStandIn, folder: Path, tmp_path: Path) -> None:
     model = load_model(folder)
     save_model(tmp_path / "sharded", model, tokenizer=Tokenizer.bytes(), max_shard_bytes=20_000)
