@@ -10,7 +10,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-slow test-gpu lint format bench bench-gpu bench-training image constraints clean
+.PHONY: help install serve test test-slow test-gpu lint format bench bench-gpu bench-scaling bench-startup bench-training image constraints clean
 
 help: ## what each target does
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -49,6 +49,12 @@ bench: install ## Quill beside its peers, on this machine
 
 bench-gpu: install ## attention backends and the engine on a CUDA device
 	$(PY) -m benchmarks.gpu $(ARGS)
+
+bench-scaling: install ## a step's time against batch, context and queue, as tables and a plot
+	$(PY) -m benchmarks.scaling $(ARGS)
+
+bench-startup: install ## time to /ready and memory, beside bare import torch
+	$(PY) -m benchmarks.startup $(ARGS)
 
 bench-training: install ## the trainer's tables; beside nanoGPT with NANOGPT=DIR, your clone of it
 	$(PY) -m benchmarks.training all $(if $(NANOGPT),--nanogpt '$(NANOGPT)') $(ARGS)

@@ -85,7 +85,10 @@ def cpu_goals() -> list[Goal]:
         ),
         *(Goal(f"HTTP, {counted(n, 'client')}", HTTP, f"end_to_end/{n}", in_server, http_least[n]) for n in CLIENTS),
         *(
-            Goal(f"HTTP, first token p50, {counted(n, 'client')}", HTTP, f"ttft_ms_p50/{n}", in_server, least, None, True)
+            Goal(
+                f"HTTP, first token p50, {counted(n, 'client')}",
+                HTTP, f"ttft_ms_p50/{n}", in_server, least, None, True,
+            )
             for n, least in ((1, None), (8, 2.0), (32, 2.0))
         ),
         Goal(

@@ -39,26 +39,37 @@ def running_server(arguments: Sequence[str], timeout: float = 120.0) -> Iterator
 @contextmanager
 def running_command(command: Sequence[str], ready_path: str, timeout: float = 120.0) -> Iterator[str]:
     """Any server that takes `--port`; yields its base URL once `ready_path` says 200. Raises ServerError."""
+    with running_process(command, ready_path, timeout) as (_, url):
+        yield url
+
+
+@contextmanager
+def running_process(
+    command: Sequence[str], ready_path: str, timeout: float = 120.0, poll_seconds: float = 0.05
+) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """As `running_command`, with the process beside the URL and a choice of how often readiness is asked for."""
     port = free_port()
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             [*command, "--port", str(port)], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
         )
         try:
-            _wait_ready(process, port, ready_path, timeout, log)
-            yield f"http://127.0.0.1:{port}"
+            _wait_ready(process, port, ready_path, timeout, poll_seconds, log)
+            yield process, f"http://127.0.0.1:{port}"
         finally:
             _stop(process)
 
 
-def _wait_ready(process: subprocess.Popen[bytes], port: int, path: str, timeout: float, log: IO[bytes]) -> None:
+def _wait_ready(
+    process: subprocess.Popen[bytes], port: int, path: str, timeout: float, poll_seconds: float, log: IO[bytes]
+) -> None:
     deadline = time.monotonic() + timeout
     while not _answers(port, path):
         if process.poll() is not None:
             raise ServerError(f"the server ended with exit code {process.returncode}:\n{_tail(log)}")
         if time.monotonic() > deadline:
             raise ServerError(f"the server was not ready after {timeout:g} s:\n{_tail(log)}")
-        time.sleep(0.05)
+        time.sleep(poll_seconds)
 
 
 def _answers(port: int, path: str) -> bool:
