@@ -60,33 +60,49 @@ def launch() -> Iterator[Browser]:
         browser.close()
 
 
+class Tab:
+    """One tab of the browser and what went wrong in it: code that threw or complained, a policy that was violated, a
+    question to any other server. Its context keeps cookies and storage, by server, until the browser closes."""
+
+    def __init__(self, browser: Browser, **options: Any) -> None:
+        self.context = browser.new_context(**options)
+        self.context.set_default_timeout(PATIENCE)
+        self.page = self.context.new_page()
+        self._home = ""
+        self._problems: list[str] = []
+        self.page.on("console", self._on_console)
+        self.page.on("pageerror", lambda error: self._problems.append(str(error)))
+        self.page.on("request", lambda request: self._on_request(request.url))
+
+    @contextlib.contextmanager
+    def visit(self, url: str, *, ready: bool = True) -> Iterator[Page]:
+        """The page as it opens; fails at the end when anything has gone wrong."""
+        self._home = url
+        self.page.goto(url)
+        if ready:
+            expect(self.page.get_by_role("button", name="Generate")).to_be_enabled()
+        yield self.page
+        self.page.unroute_all(behavior="wait")
+        self.page.goto("about:blank")
+        problems, self._problems = self._problems, []
+        assert not problems, problems
+
+    def _on_console(self, message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning") and REFUSED not in message.text:
+            self._problems.append(message.text)
+
+    def _on_request(self, asked: str) -> None:
+        if urlsplit(asked)[:2] != urlsplit(self._home)[:2]:
+            self._problems.append(f"asked {asked}")
+
+
 @contextlib.contextmanager
 def visit(browser: Browser, url: str, *, ready: bool = True, **options: Any) -> Iterator[Page]:
-    """The page in a context of its own. Fails when its code throws or complains, when its policy is violated, or when
-    it asks any other server for anything."""
-    context = browser.new_context(**options)
-    context.set_default_timeout(PATIENCE)
-    page = context.new_page()
-    problems: list[str] = []
-
-    def note(message: ConsoleMessage) -> None:
-        if message.type in ("error", "warning") and REFUSED not in message.text:
-            problems.append(message.text)
-
-    page.on("console", note)
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("request", lambda request: _stays_home(request.url, url, problems))
-    page.goto(url)
-    if ready:
-        expect(page.get_by_role("button", name="Generate")).to_be_enabled()
-    yield page
-    context.close()
-    assert not problems, problems
-
-
-def _stays_home(asked: str, own: str, problems: list[str]) -> None:
-    if urlsplit(asked)[:2] != urlsplit(own)[:2]:
-        problems.append(f"asked {asked}")
+    """The page in a tab and a context of its own."""
+    tab = Tab(browser, **options)
+    with tab.visit(url, ready=ready) as page:
+        yield page
+    tab.context.close()
 
 
 def generate(page: Page, prompt: str | None = None) -> None:

@@ -11,7 +11,7 @@ from playwright.sync_api import Browser, Page, expect
 
 from tests.server.fake_engine import Plan, says
 from tests.server.live import LiveServer
-from tests.server.page_browser import PROBABILITIES, PageEngine, generate, launch, visit
+from tests.server.page_browser import PROBABILITIES, PageEngine, Tab, generate, launch, visit
 
 OPERABLE = {"button", "textbox", "spinbutton", "combobox", "checkbox", "link", "slider", "searchbox",
             "DisclosureTriangle", "radio", "switch"}  # fmt: skip
@@ -59,9 +59,14 @@ def server(engine: PageEngine) -> Iterator[LiveServer]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def tab(browser: Browser) -> Tab:
+    return Tab(browser)
+
+
 @pytest.fixture
-def page(browser: Browser, server: LiveServer) -> Iterator[Page]:
-    with visit(browser, server.url) as page:
+def page(tab: Tab, server: LiveServer) -> Iterator[Page]:
+    with tab.visit(server.url) as page:
         yield page
 
 
@@ -195,23 +200,19 @@ def test_the_arrow_keys_step_through_the_tokens(page: Page) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_stands_out_from_what_lies_behind_it(
-    browser: Browser, server: LiveServer, engine: PageEngine, scheme: Any
-) -> None:
-    with visit(browser, server.url, color_scheme=scheme) as page:
-        open_everything(page)
-        page.locator("#key-panel").evaluate("panel => (panel.hidden = false)")
-        page.get_by_label("Seed").fill("x")
-        page.get_by_role("button", name="Generate").click()
-        page.get_by_label("Seed").fill("")
-        generate(page, "abc")
-        page.get_by_label("Temperature", exact=True).fill("9")
-        page.get_by_role("button", name="Generate").click()
-        page.locator(".token").nth(3).hover()
-        ratios = page.evaluate(CONTRAST)
-        assert len(ratios) > 80
-        assert {name: ratio for name, ratio in ratios.items() if ratio < 4.5} == {}
-        assert any("token p6" in name for name in ratios)
+def test_text_stands_out_from_what_lies_behind_it(page: Page, scheme: Any) -> None:
+    page.emulate_media(color_scheme=scheme)
+    open_everything(page)
+    page.locator("#key-panel").evaluate("panel => (panel.hidden = false)")
+    generate(page, "abc")
+    page.get_by_label("Temperature", exact=True).fill("9")
+    page.get_by_role("button", name="Generate").click()
+    page.locator(".token").nth(3).hover()
+    ratios = page.evaluate(CONTRAST)
+    assert len(ratios) > 80
+    assert {name: ratio for name, ratio in ratios.items() if ratio < 4.5} == {}
+    for kind in ("token p6", "field-error", "share", "hint", "prompt"):
+        assert any(kind in name for name in ratios), kind
 
 
 def test_dark_and_light(browser: Browser, server: LiveServer) -> None:
@@ -235,36 +236,34 @@ def test_dark_and_light(browser: Browser, server: LiveServer) -> None:
         assert paper(page) < 150
 
 
-@pytest.mark.parametrize(("width", "height"), [(320, 568), (390, 844), (844, 390), (1280, 800), (2200, 1200)])
-def test_nothing_sticks_out_of_the_window(
-    browser: Browser, server: LiveServer, engine: PageEngine, width: int, height: int
-) -> None:
-    with visit(browser, server.url, viewport={"width": width, "height": height}) as page:
-        open_everything(page)
-        generate(page, "W" * 50)
+def test_nothing_sticks_out_of_the_window(page: Page) -> None:
+    open_everything(page)
+    generate(page, "W" * 50)
+    for width, height in ((320, 568), (390, 844), (844, 390), (1280, 800), (2200, 1200)):
+        page.set_viewport_size({"width": width, "height": height})
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         page.locator(".token").last.click()
         box = page.get_by_role("tooltip").bounding_box()
         assert box is not None
         assert 0 <= box["x"] <= box["x"] + box["width"] <= width
         assert 0 <= box["y"] <= box["y"] + box["height"] <= height
-        narrow = page.locator("button:visible, select:visible, input:not([type=checkbox]):visible").evaluate_all(
+        small = page.locator("button:visible, select:visible, input:not([type=checkbox]):visible").evaluate_all(
             "all => all.filter((e) => !e.ariaHidden && e.getBoundingClientRect().height < 24).map((e) => e.id)"
         )
-        assert narrow == []  # WCAG 2.2, 2.5.8
+        assert small == []  # WCAG 2.2, 2.5.8
+    page.set_viewport_size({"width": 1280, "height": 720})
 
 
-def test_less_motion_where_it_is_asked_for(browser: Browser, server: LiveServer, engine: PageEngine) -> None:
-    caret = "getComputedStyle(document.querySelector('#texts .text'), '::after').animationName"
-    said = engine.script
-    engine.script = lambda prompt, params: Plan([[97]] * 200, delay=0.02)
+def test_less_motion_where_it_is_asked_for(page: Page, engine: PageEngine) -> None:
+    said, engine.script = engine.script, lambda prompt, params: Plan([[97]] * 200, delay=0.02)
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator(".token").first).to_be_visible()
     for choice, animation in (("reduce", "none"), ("no-preference", "blink")):
-        with visit(browser, server.url, reduced_motion=choice) as page:
-            page.get_by_role("button", name="Generate").click()
-            expect(page.locator(".token").first).to_be_visible()
-            assert page.evaluate(caret) == animation
-            page.get_by_role("button", name="Stop").click()
-            expect(page.locator("#progress")).to_contain_text("Stopped")
+        page.emulate_media(reduced_motion=choice)  # type: ignore[arg-type]
+        caret = "getComputedStyle(document.querySelector('#texts .text'), '::after').animationName"
+        assert page.evaluate(caret) == animation
+    page.get_by_role("button", name="Stop").click()
+    expect(page.locator("#progress")).to_contain_text("Stopped")
     engine.script = said
 
 

@@ -13,7 +13,7 @@ from playwright.sync_api import Browser, Page, Route, expect
 from model.sampling_params import SamplingParams
 from tests.server.fake_engine import Plan, says
 from tests.server.live import LiveServer, wait_until
-from tests.server.page_browser import PageEngine, generate, launch, text_of, visit, written
+from tests.server.page_browser import PageEngine, Tab, generate, launch, text_of, visit, written
 
 KEY = "correct-horse-battery"
 
@@ -35,9 +35,14 @@ def server(engine: PageEngine) -> Iterator[LiveServer]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def tab(browser: Browser) -> Tab:
+    return Tab(browser)
+
+
 @pytest.fixture
-def page(browser: Browser, server: LiveServer) -> Iterator[Page]:
-    with visit(browser, server.url) as page:
+def page(tab: Tab, server: LiveServer) -> Iterator[Page]:
+    with tab.visit(server.url) as page:
         yield page
 
 
