@@ -66,7 +66,8 @@ def load_model(
 ) -> Transformer:
     """The folder's model in eval mode, its weights in `dtype` (None: the file's own, the widest if they differ).
 
-    A string may also be a model's name, which `resolve_model` fetches: "gpt2", "owner/name@revision". The weights are copied: the model does not depend on the files afterwards. `verify` compares every file with
+    A string may also be a model's name, which `resolve_model` fetches: "gpt2", "owner/name@revision".
+    The weights are copied: the model does not depend on the files afterwards. `verify` compares every file with
     manifest.json where there is one; it runs beside the loading and costs little on a second core.
     Raises ConfigError or CheckpointError, before memory is taken for weights that do not fit the configuration, and
     HubError for a name that cannot be fetched.
