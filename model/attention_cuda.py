@@ -77,15 +77,19 @@ class Tiling:
 class TritonBackend:
     """Our own kernels, for float32, bfloat16 and float16 and head_dim up to 256.
 
-    Decoding is bit-invariant to what else is in the step. Raises BackendUnavailableError without triton.
+    A row is bit-invariant to what else is in the step. With `deterministic` it is also the same whether its token is
+    decoded or computed in a chunk: one kernel with fixed tiles then takes all rows and never splits the keys, so that
+    few sequences of long contexts keep only a few of a card's processors busy (one per sequence and kv head).
+    Raises BackendUnavailableError without triton.
     """
 
     name = "triton"
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, *, deterministic: bool = False) -> None:
         if config.head_dim > 256:
             raise BackendUnavailableError("head_dim is above 256")
         self._kernels = _load_kernels()
+        self._deterministic = deterministic
         group = config.num_heads // config.num_kv_heads
         self._tiling = tiling = Tiling.choose(config.head_dim, group, dtype)
         self._scale = math.log2(math.e) * config.head_dim**-0.5
@@ -120,9 +124,9 @@ class TritonBackend:
         self._store(k, v, key_cache, value_cache, metadata.slot_mapping)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         out[metadata.num_tokens :] = 0
-        if metadata.max_query_len > 1:
+        if metadata.max_query_len > 1 or self._deterministic:
             self._prefill(out, q, key_cache, value_cache, metadata, window)
-        if metadata.max_query_len == 1 or not _all_rows_alike(metadata):
+        if not self._deterministic and (metadata.max_query_len == 1 or not _all_rows_alike(metadata)):
             self._decode(out, q, key_cache, value_cache, metadata, window)
         return out
 
@@ -170,6 +174,7 @@ class TritonBackend:
             BLOCK_SIZE=key_cache.shape[1],
             WINDOW=window or 0,
             TOKENS=tiling.prefill_tokens,
+            SINGLES=self._deterministic,
             num_warps=tiling.prefill_warps,
             num_stages=tiling.num_stages,
             **self._shape,
@@ -279,12 +284,21 @@ class VarlenBackend(TritonBackend):
 
 
 def select_cuda_backend(
-    name: str, config: ModelConfig, device: torch.device, dtype: torch.dtype, block_size: int
+    name: str,
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    block_size: int,
+    *,
+    deterministic: bool = False,
 ) -> AttentionBackend:
     """The backend called `name`, or for "auto" the first that computes what the reference does on this device.
 
-    Raises ConfigError if the named one does not.
+    With `deterministic`, one whose results depend on a token's own context alone. Raises ConfigError if the named one
+    does not, or none.
     """
+    if deterministic:
+        return _select_deterministic(name, config, device, dtype, block_size)
     wanted = ("varlen", "triton") if name == "auto" else (name,)
     for candidate in wanted:
         backend, fault = _try_backend(candidate, config, device, dtype, block_size)
@@ -297,13 +311,35 @@ def select_cuda_backend(
     return TorchBackend()
 
 
+def _select_deterministic(
+    name: str, config: ModelConfig, device: torch.device, dtype: torch.dtype, block_size: int
+) -> AttentionBackend:
+    """FlashAttention splits keys as it sees fit and the reference's products vary in shape: only our kernels remain."""
+    if name not in ("auto", "triton"):
+        raise ConfigError(f"deterministic cannot be had with attention backend {name!r} on CUDA; use auto or triton")
+    backend, fault = _try_backend("triton", config, device, dtype, block_size, deterministic=True)
+    if backend is None:
+        raise ConfigError(f"deterministic needs the triton attention backend, which cannot run here ({fault})")
+    return backend
+
+
 @cache
 def _try_backend(
-    name: str, config: ModelConfig, device: torch.device, dtype: torch.dtype, block_size: int
+    name: str,
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    block_size: int,
+    *,
+    deterministic: bool = False,
 ) -> tuple[AttentionBackend | None, str]:
     """The backend if its results are right, else why not. The check also compiles the kernels, once per process."""
     try:
-        backend = VarlenBackend(config, dtype, block_size) if name == "varlen" else TritonBackend(config, dtype)
+        backend = (
+            VarlenBackend(config, dtype, block_size)
+            if name == "varlen"
+            else TritonBackend(config, dtype, deterministic=deterministic)
+        )
         check_backend(backend, config, device, dtype, block_size)
     except Exception as error:  # a compiler, a driver and a young torch interface: any of them may fail in any way
         return None, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -12,14 +12,23 @@ from model.paged_attention import AttentionBackend, TorchBackend
 
 
 def select_backend(
-    name: str, config: ModelConfig, device: torch.device | str, dtype: torch.dtype, block_size: int = 16
+    name: str,
+    config: ModelConfig,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    block_size: int = 16,
+    *,
+    deterministic: bool = False,
 ) -> AttentionBackend:
     """The backend called `name`, or the fastest that can run `config` there for "auto".
 
-    `block_size` is the cache's: not every backend reads blocks of every size. Raises ConfigError if the named
-    backend cannot run here.
+    `block_size` is the cache's: not every backend reads blocks of every size. `deterministic` asks, on CUDA, for one
+    whose results depend on a token's own context alone; on the CPU the native one always is of that kind.
+    Raises ConfigError if the named backend cannot run here.
     """
     device = torch.device(device)
+    if device.type == "cuda" and deterministic:
+        return select_cuda_backend(name, config, device, dtype, block_size, deterministic=True)
     if name == "torch":
         return TorchBackend()
     if device.type == "cuda" and name in ("auto", "varlen", "triton"):

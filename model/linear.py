@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model import fused
 from model.config import Activation
-from model.packed_linear import PackedWeight, pack_weight
+from model.packed_linear import pack_weight
+
+Product = Callable[[Tensor], Tensor]
+"""Another way to compute a layer: x [..., in] to act(x @ weight.T + bias) [..., out]."""
 
 
 class Linear(nn.Module):
@@ -25,7 +30,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
         self.activation = activation
-        self.packed: PackedWeight | None = None
+        self.packed: Product | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is not None:

@@ -14,8 +14,8 @@ from model.config import ModelConfig
 from model.dense_cache import DenseKVCache
 from model.dropout import dropout
 from model.layers import RotaryEmbedding, make_mlp, make_norm
-from model.linear import Linear
-from model.packed_linear import PackedWeight, pack_weight
+from model.linear import Linear, Product
+from model.packed_linear import pack_weight
 from model.paged_attention import PagedBatch
 
 
@@ -56,7 +56,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(config, index) for index in range(config.num_layers))
         self.final_norm = make_norm(config, config.hidden_size) if config.norm_first else None
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, False)
-        self._packed_head: PackedWeight | None = None
+        self._packed_head: Product | None = None
         self.recompute_layers = False
         """In training, keep only each layer's input and compute the rest again in the backward pass."""
 
@@ -128,6 +128,10 @@ class Transformer(nn.Module):
                 else:
                     into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                     parameter.normal_(0.0, residual_std if into_residual else 0.02, generator=generator)
+
+    def use_head(self, product: Product) -> None:
+        """Compute the logits of tied embeddings in another way: hidden states [..., D] to [..., V]."""
+        self._packed_head = product
 
     def pack_for_cpu(self) -> None:
         """Lay all products out for this CPU. Afterwards the model only infers: see `Linear.pack`."""

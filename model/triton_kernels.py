@@ -4,7 +4,8 @@ The caches are contiguous [blocks, block_size, K, d]. A tile of queries holds, f
 heads that share it, for one or more tokens: keys and values are read once per kv head. The softmax keeps a running
 maximum and sum in float32 and in base 2 (Milakov and Gimelshein 2018; Dao et al. 2022), so `scale` comes with
 log2(e) in it. Sequences with one query token go to `decode_kernel` and `combine_kernel`, all others to
-`prefill_kernel`; each kernel leaves the other's rows alone.
+`prefill_kernel`; each kernel leaves the other's rows alone. Where results must not depend on how a sequence is cut into
+steps, `prefill_kernel` takes all of them: its keys are never split.
 
 Integers that change from step to step are not specialised on: a serving engine must not compile in mid-flight.
 """
@@ -287,8 +288,14 @@ def prefill_kernel(
     TOKENS: tl.constexpr,
     TILE: tl.constexpr,
     PRECISION: tl.constexpr,
+    SINGLES: tl.constexpr,
 ):
-    """Sequences with two or more query tokens, into out [N, H, d]. Grid: N // TOKENS + sequences, kv heads."""
+    """Sequences with two or more query tokens, with SINGLES all sequences, into out [N, H, d]; a context of 0 gives
+    zeros. Grid: N // TOKENS + sequences, kv heads.
+
+    A token's keys are taken in tiles that begin at multiples of TILE, whatever else is in its tile of queries: tiles
+    that it does not see add exact zeros. So the order of its sums depends on its own context alone.
+    """
     # The last tiles see the longest contexts: started first, they do not run on alone at the end.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -296,7 +303,7 @@ def prefill_kernel(
     token = tl.load(cu_seqlens_q + row)
     num_queries = tl.load(cu_seqlens_q + row + 1) - token
     first_query = (tile - (token // TOKENS + row)) * TOKENS
-    if (first_query >= num_queries) | (num_queries == 1):
+    if (first_query >= num_queries) | ((num_queries == 1) & (not SINGLES)):
         return
     past = tl.load(context_lens + row) - num_queries
 
@@ -316,7 +323,7 @@ def prefill_kernel(
 
     end = past + tl.minimum(first_query + TOKENS, num_queries)
     if WINDOW > 0:
-        diagonal = tl.maximum(past + first_query - WINDOW + 1, 0)
+        diagonal = tl.maximum(past + first_query - WINDOW + 1, 0) // TILE * TILE
     else:
         # Up to the diagonal all of the tile's tokens see all keys.
         diagonal = (past + first_query + 1) // TILE * TILE

@@ -69,6 +69,9 @@ class EngineSettings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="the weights' precision")
     quantization: Literal["none", "int8"] = Field("none", description="weight quantisation")
     attention_backend: str = Field("auto", description="attention kernels")
+    deterministic: bool = Field(
+        False, description="refuse to start where tokens depend on other requests; slower on CUDA"
+    )
     num_threads: int | None = Field(
         None, ge=1, le=1024, description="threads on the CPU; default: by the model and the cores"
     )
@@ -108,6 +111,7 @@ class EngineSettings(BaseSettings):
             prefix_caching=self.prefix_caching,
             attention_backend=self.attention_backend,
             num_threads=self.num_threads,
+            deterministic=self.deterministic,
         )
 
 

@@ -10,6 +10,7 @@ class EngineConfig:
     """`model_path` is a checkpoint folder. Sizes left at None are chosen for the model and device at hand.
 
     `kv_cache_memory` is in bytes; `num_threads` is torch's intra-op thread count;
+    `deterministic` refuses to run where tokens would depend on what else runs; on CUDA it costs speed to make them not.
     `cuda_graphs` lets decode steps on CUDA replay captured graphs, at the price of some memory and start-up time.
     """
 
@@ -26,3 +27,4 @@ class EngineConfig:
     attention_backend: str = "auto"
     num_threads: int | None = None
     cuda_graphs: bool = True
+    deterministic: bool = False

@@ -10,11 +10,14 @@ from pathlib import Path
 import msgspec
 import torch
 
+from model.errors import ConfigError
 from model.manifest import read_manifest, weights_digest
 from server.engine.block_manager import BlockManager
 from server.engine.config import EngineConfig
 from server.engine.invariance import InvarianceCheck
 from server.engine.messages import (
+    NO,
+    YES,
     AddRequest,
     EngineInfo,
     EngineStats,
@@ -52,6 +55,8 @@ class LLMEngine:
         self.invariance = InvarianceCheck(self.runner, self.block_manager)
         self.info = self._describe(time.monotonic() - started)
         self._num_failed_steps = 0
+        if config.deterministic:
+            self._require_determinism()
 
     @property
     def has_unfinished(self) -> bool:
@@ -160,6 +165,15 @@ class LLMEngine:
             _output(seq, tokens, finished, logprobs.get(seq.request_id), result.prompt_logprobs.get(seq.request_id))
             for seq, tokens, finished in self.scheduler.update(batch, list(result.token_ids))
         ]
+
+    def _require_determinism(self) -> None:
+        """Raises ConfigError unless the check answers yes."""
+        while not self.advance_check():
+            pass
+        if self.info.deterministic == NO:
+            raise ConfigError("deterministic cannot be had here: a larger step gave other logits; start without it")
+        if self.info.deterministic != YES:
+            raise ConfigError("deterministic cannot be checked: raise max_num_seqs to 4, max_num_batched_tokens to 64")
 
     def _describe(self, load_seconds: float) -> EngineInfo:
         runner, limits, folder = self.runner, self.runner.limits, Path(self.config.model_path)

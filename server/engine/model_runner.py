@@ -12,6 +12,7 @@ from model.backends import select_backend
 from model.checkpoint import load_config, load_model
 from model.cpu_decoder import CPUDecoder
 from model.errors import ConfigError, TokenizerError
+from model.fixed_shape import fix_product_shapes
 from model.kv_cache import PagedKVCache, bytes_per_block
 from model.packed_linear import MIN_ROWS
 from model.paged_attention import PagedBatch
@@ -53,10 +54,17 @@ class ModelRunner:
         self.model_config = load_config(folder)
         torch.set_num_threads(resolve_threads(config.num_threads, self.model_config))
         self.backend = select_backend(
-            config.attention_backend, self.model_config, self.device, self.dtype, config.block_size
+            config.attention_backend,
+            self.model_config,
+            self.device,
+            self.dtype,
+            config.block_size,
+            deterministic=config.deterministic,
         )
         self.model = load_model(folder, dtype=self.dtype, device=self.device)
         self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        if config.deterministic and self.device.type == "cuda":
+            fix_product_shapes(self.model)
         block_bytes = bytes_per_block(self.model_config, self.backend.block_shape, config.block_size, self.dtype)
         self.limits = resolve_limits(config, self.model_config, self.device, block_bytes)
         self.cache = PagedKVCache.allocate(

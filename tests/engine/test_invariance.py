@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from model.errors import ConfigError
 from model.sampling_params import SamplingParams
 from server.engine.client import AsyncEngine
 from server.engine.config import EngineConfig
+from server.engine.invariance import InvarianceCheck
 from server.engine.llm_engine import LLMEngine
 from server.engine.messages import NO, UNCHECKED, YES, AddRequest
 from tests.engine.mixed_load import split_sums
@@ -90,3 +92,19 @@ def test_the_answer_reaches_the_clients_of_an_engine_process(llama_checkpoint: P
             await engine.close()
 
     asyncio.run(main())
+
+
+def test_deterministic_is_checked_before_the_engine_is_ready(checkpoint: Path) -> None:
+    engine = make_engine(checkpoint, deterministic=True)
+    assert engine.info.deterministic == YES
+    assert engine.stats().num_free_blocks == engine.stats().num_blocks
+
+
+def test_deterministic_is_refused_where_it_cannot_be_had(
+    llama_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="cannot be checked: raise max_num_seqs"):
+        make_engine(llama_checkpoint, deterministic=True, max_num_seqs=2)
+    monkeypatch.setattr(InvarianceCheck, "advance", lambda self: NO)
+    with pytest.raises(ConfigError, match="deterministic cannot be had here"):
+        make_engine(llama_checkpoint, deterministic=True)

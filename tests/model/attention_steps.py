@@ -1,11 +1,15 @@
-"""Models that are nothing but heads, and random steps for them."""
+"""Models that are nothing but heads, random steps for them, and parts of steps."""
 
 from __future__ import annotations
 
 import random
 from dataclasses import replace
 
+import torch
+
+from model.attention_check import PagedStep
 from model.config import ModelConfig, llama_config
+from model.paged_attention import AttentionMetadata
 
 
 def head_config(heads: int, kv_heads: int, head_dim: int, window: int | None = None) -> ModelConfig:
@@ -26,3 +30,18 @@ def random_steps(seed: int) -> dict[str, tuple[tuple[int, int], ...]]:
         "mixed": tuple(rng.sample(decodes + chunks, len(decodes + chunks))),
         "filled up": (*decodes[:3], (1, 0), (1, 0)),
     }
+
+
+def last_tokens(whole: PagedStep, length: int, count: int) -> PagedStep:
+    """The step of the first sequence's last `count` tokens alone."""
+    rows, full = slice(length - count, length), whole.metadata
+    metadata = AttentionMetadata(
+        cu_seqlens_q=torch.tensor([0, count], dtype=torch.int32, device=full.context_lens.device),
+        context_lens=full.context_lens[:1],
+        block_tables=full.block_tables[:1],
+        slot_mapping=full.slot_mapping[rows],
+        num_tokens=count,
+        max_query_len=count,
+        max_context_len=length,
+    )
+    return PagedStep(whole.q[rows], whole.k[rows], whole.v[rows], whole.key_cache, whole.value_cache, metadata)

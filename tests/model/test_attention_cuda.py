@@ -18,7 +18,7 @@ from model.attention_cuda import Tiling, TritonBackend, VarlenBackend
 from model.backends import select_backend
 from model.errors import ConfigError
 from model.paged_attention import AttentionBackend, AttentionMetadata, TorchBackend
-from tests.model.attention_steps import head_config, random_steps
+from tests.model.attention_steps import head_config, last_tokens, random_steps
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -58,6 +58,17 @@ def test_without_triton_auto_is_the_reference_and_a_named_backend_is_refused() -
     for name in ("triton", "varlen"):
         with pytest.raises(ConfigError, match=f"'{name}' cannot run here .*triton is not installed.*; use auto"):
             select_backend(name, *arguments)
+
+
+@pytest.mark.usefixtures("without_triton")
+def test_deterministic_is_refused_where_our_kernels_cannot_run_and_for_others_kernels() -> None:
+    arguments = (head_config(4, 2, 16), torch.device("cuda"), torch.bfloat16, 16)
+    for name in ("auto", "triton"):
+        with pytest.raises(ConfigError, match=r"deterministic needs the triton .* cannot run here .*not installed"):
+            select_backend(name, *arguments, deterministic=True)
+    for name in ("varlen", "torch"):
+        with pytest.raises(ConfigError, match=f"deterministic cannot be had with attention backend '{name}' on CUDA"):
+            select_backend(name, *arguments, deterministic=True)
 
 
 @pytest.mark.parametrize("name", ["triton", "varlen"])
@@ -176,6 +187,17 @@ class TestSelectionOnDevice:
     def test_auto_is_a_kernel(self, dtype: torch.dtype) -> None:
         assert select_backend("auto", head_config(4, 2, 64), "cuda", dtype, 16).name == "triton"
         assert select_backend("auto", head_config(4, 2, 64), "cuda", dtype, 256).name in ("triton", "varlen")
+
+    @pytest.mark.parametrize("window", [None, 100])
+    def test_deterministic_attention_does_not_depend_on_the_chunk(self, window: int | None) -> None:
+        """To the bit: a token decoded, and the same token at the end of chunks of several sizes."""
+        config, device = head_config(8, 2, 64, window), torch.device("cuda")
+        backend = TritonBackend(config, torch.bfloat16, deterministic=True)
+        whole = PagedStep.random(config, ((1500, 1500), (9, 700)), 16, torch.bfloat16, device, seed=2)
+        expected = whole.attend(backend, window)
+        for count in (1, 2, 63, 700):
+            part = last_tokens(whole, 1500, count)
+            assert torch.equal(part.attend(backend, window), expected[1500 - count : 1500]), count
 
     def test_decoding_does_not_depend_on_the_neighbours(self) -> None:
         """To the bit: alone, beside others in a decode step, and beside a prompt."""

@@ -16,7 +16,7 @@ from triton.runtime import interpreter
 
 from model.attention_check import PagedStep, check_backend
 from model.attention_cuda import TritonBackend
-from tests.model.attention_steps import head_config
+from tests.model.attention_steps import head_config, last_tokens
 
 # heads, kv heads, head_dim, window, block size, dtype
 CASES: list[tuple[int, int, int, int | None, int, torch.dtype]] = [
@@ -47,14 +47,34 @@ def check_many_splits() -> None:
         step.compare(TritonBackend(config, torch.float32), None)
 
 
+def check_determinism(window: int | None, dtype: torch.dtype, *, rows: tuple[int, ...]) -> None:
+    """A context of 300 tokens, computed token by token at its end and in chunks cut in several places, beside a
+    neighbour and alone: with `deterministic` every token's result has the same bits."""
+    config = head_config(2, 1, 16, window)
+    backend = TritonBackend(config, dtype, deterministic=True)
+    length, cpu = 300, torch.device("cpu")
+    whole = PagedStep.random(config, ((length, length), (5, 40)), 16, dtype, cpu, seed=3, padding=0)
+    with torch.inference_mode():
+        whole.compare(backend, window)
+        expected = whole.attend(backend, window)
+        for count in rows:
+            # The keys and values of the whole are in the caches now; the last `count` tokens are computed again.
+            part = last_tokens(whole, length, count)
+            assert torch.equal(part.attend(backend, window), expected[length - count : length]), (window, dtype, count)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     mend_interpreter()
     for heads, kv_heads, head_dim, window, block_size, dtype in CASES:
         config = head_config(heads, kv_heads, head_dim, window)
-        check_backend(TritonBackend(config, dtype), config, torch.device("cpu"), dtype, block_size)
+        for deterministic in (False, True):
+            backend = TritonBackend(config, dtype, deterministic=deterministic)
+            check_backend(backend, config, torch.device("cpu"), dtype, block_size)
         print(heads, kv_heads, head_dim, window, block_size, dtype, flush=True)
     check_many_splits()
+    for window in (None, 37):
+        check_determinism(window, torch.float32, rows=(1, 2, 45))
     print("all equal the reference")
 
 
