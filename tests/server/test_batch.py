@@ -169,7 +169,7 @@ def test_a_torn_last_line_is_cut_wherever_it_is_torn(source: Path, tmp_path: Pat
     expected, data = choices_of(whole), whole.read_bytes()
     last = data.rindex(b"\n", 0, len(data) - 1) + 1
     out = tmp_path / "out"
-    for end in [*range(last, last + 40), *range(len(data) - 40, len(data) + 1)]:
+    for end in [*range(last, last + 20), *range(len(data) - 12, len(data) + 1)]:
         out.write_bytes(data[:end])
         assert len(answer_all(source, out)) == (1 if end < len(data) - 1 else 0)
         assert choices_of(out) == expected
@@ -208,7 +208,8 @@ def test_a_run_that_is_cancelled_is_gone_on_with(source: Path, tmp_path: Path) -
     assert choices_of(out) == choices_of(tmp_path / "whole")
 
 
-def test_what_the_engine_gives_up_on_is_asked_again(tmp_path: Path) -> None:
+def test_what_the_engine_gives_up_on_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.batch._RETRY_SECONDS", 0.01)
     (tmp_path / "in").write_text(request_line("a", prompt="a", max_tokens=3) + "\n" + request_line("b", prompt="b"))
     attempts: Counter[bytes] = Counter()
 
