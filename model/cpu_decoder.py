@@ -70,6 +70,11 @@ class CPUDecoder:
         """Not where the CPU multiplies whole matrices in hardware (AMX): oneDNN uses that, these kernels do not."""
         return not torch.cpu._is_amx_tile_supported()
 
+    @property
+    def tile_rows(self) -> int:
+        """So many rows share one pass over the weights."""
+        return int(self._library.quill_tile_rows(self._weights))
+
     def bind(self, cache: PagedKVCache) -> None:
         """Use `cache` from now on."""
         for layer, keys, values in zip(self._layers, cache.keys, cache.values, strict=True):

@@ -158,6 +158,12 @@ class _ServerCollector(Collector):
         yield self._counter("vllm:num_preemptions", "Sequences preempted for want of blocks", stats.num_preemptions)
         yield self._counter("vllm:prefix_cache_queries", "Prompt tokens looked up", stats.prefix_cache_queries)
         yield self._counter("vllm:prefix_cache_hits", "Prompt tokens found in the cache", stats.prefix_cache_hits)
+        for name, help_text, value in (
+            ("num_drafts", "Guesses at the next tokens", stats.spec_decode_num_drafts),
+            ("num_draft_tokens", "Tokens guessed", stats.spec_decode_num_draft_tokens),
+            ("num_accepted_tokens", "Tokens guessed right", stats.spec_decode_num_accepted_tokens),
+        ):
+            yield self._counter(f"vllm:spec_decode_{name}", help_text, value)
         finished = CounterMetricFamily(
             "vllm:request_success", "Sequences ended, by reason", labels=["model_name", "finished_reason"]
         )

@@ -79,6 +79,7 @@ class EngineSettings(BaseSettings):
     max_num_batched_tokens: int | None = Field(None, ge=1, le=1 << 22, description="tokens in one step")
     kv_cache_memory: Size | None = Field(None, description="memory for the KV cache, such as 2GiB")
     block_size: int = Field(16, ge=1, le=1024, description="tokens in a KV block")
+    speculation: bool = Field(True, description="on the CPU, compute guesses at a text's repetitions; same tokens")
     prefix_caching: bool = Field(True, description="reuse the KV blocks of equal prefixes")
 
     @field_validator("model")
@@ -111,6 +112,7 @@ class EngineSettings(BaseSettings):
             prefix_caching=self.prefix_caching,
             attention_backend=self.attention_backend,
             num_threads=self.num_threads,
+            speculation=self.speculation,
             deterministic=self.deterministic,
         )
 

@@ -78,6 +78,8 @@ def _declare_decoder(library: ctypes.CDLL) -> None:
     library.quill_decoder_forward.restype = ctypes.c_int
     library.quill_decoder_logits.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
     library.quill_decoder_logits.restype = ctypes.c_int
+    library.quill_tile_rows.argtypes = [ctypes.c_int]
+    library.quill_tile_rows.restype = ctypes.c_int
     library.quill_pack.argtypes = [ctypes.c_void_p]
     library.quill_pack.restype = None
     library.quill_huge_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]

@@ -202,6 +202,9 @@ void quill_choose_decoder(int most) {
     }
 }
 
+/* Rows that share one pass over weights of this type. */
+int quill_tile_rows(int weights) { return tile_variants[weights].most_rows; }
+
 /* Ask for huge pages behind [address, address + size), where the system knows them. */
 void quill_huge_pages(void *address, int64_t size) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)

@@ -11,6 +11,7 @@ class EngineConfig:
 
     `kv_cache_memory` is in bytes; `num_threads` is torch's intra-op thread count;
     `deterministic` refuses to run where tokens would depend on what else runs; on CUDA it costs speed to make them not.
+    `speculation` lets sequences guess their next tokens from their own text, where that costs little;
     `cuda_graphs` lets decode steps on CUDA replay captured graphs, at the price of some memory and start-up time.
     """
 
@@ -27,4 +28,5 @@ class EngineConfig:
     attention_backend: str = "auto"
     num_threads: int | None = None
     cuda_graphs: bool = True
+    speculation: bool = True
     deterministic: bool = False

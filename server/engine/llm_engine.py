@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import time
 from pathlib import Path
@@ -50,7 +51,11 @@ class LLMEngine:
         limits = self.runner.limits
         self.block_manager = BlockManager(limits.num_blocks, limits.block_size, config.prefix_caching)
         self.scheduler = Scheduler(
-            self.block_manager, limits.max_num_seqs, limits.max_num_batched_tokens, limits.max_model_len
+            self.block_manager,
+            limits.max_num_seqs,
+            limits.max_num_batched_tokens,
+            limits.max_model_len,
+            max_draft_rows=self.runner.max_draft_rows if config.speculation else 0,
         )
         self.invariance = InvarianceCheck(self.runner, self.block_manager)
         self.info = self._describe(time.monotonic() - started)
@@ -119,6 +124,9 @@ class LLMEngine:
             generation_tokens=scheduler.generation_tokens,
             prefix_cache_queries=blocks.prefix_cache_queries,
             prefix_cache_hits=blocks.prefix_cache_hits,
+            spec_decode_num_drafts=scheduler.num_drafts,
+            spec_decode_num_draft_tokens=scheduler.num_draft_tokens,
+            spec_decode_num_accepted_tokens=scheduler.num_accepted_tokens,
         )
 
     def _run(self, batch: ScheduledBatch) -> list[SequenceOutput]:
@@ -159,11 +167,16 @@ class LLMEngine:
         return self.runner.device.type == "cpu" or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
     def _take(self, batch: ScheduledBatch, result: RunOutput) -> list[SequenceOutput]:
-        sampled = (seq.request_id for seq, wanted in zip(batch.sequences, batch.needs_sample, strict=True) if wanted)
-        logprobs = dict(zip(sampled, result.logprobs, strict=True))
+        logprobs = _logprobs_by_request(batch, result.logprobs)
         return [
-            _output(seq, tokens, finished, logprobs.get(seq.request_id), result.prompt_logprobs.get(seq.request_id))
-            for seq, tokens, finished in self.scheduler.update(batch, list(result.token_ids))
+            _output(
+                seq,
+                tokens,
+                finished,
+                logprobs[seq.request_id][: len(tokens)] if seq.request_id in logprobs else None,
+                result.prompt_logprobs.get(seq.request_id),
+            )
+            for seq, tokens, finished in self.scheduler.update(batch, result.token_ids)
         ]
 
     def _require_determinism(self) -> None:
@@ -200,6 +213,20 @@ class LLMEngine:
             torch_version=str(torch.__version__),
             load_seconds=load_seconds,
         )
+
+
+def _logprobs_by_request(
+    batch: ScheduledBatch, drawn: list[list[TokenLogprobs] | None]
+) -> dict[int, list[TokenLogprobs]]:
+    """By request id, those of all its drawn tokens; `drawn` has an entry for each, None where none are wanted."""
+    found: dict[int, list[TokenLogprobs]] = {}
+    entries = iter(drawn)
+    for seq, wanted in zip(batch.sequences, batch.needs_sample, strict=True):
+        if wanted:
+            for entry in itertools.islice(entries, 1 + len(seq.draft)):
+                if entry is not None:
+                    found.setdefault(seq.request_id, []).extend(entry)
+    return found
 
 
 def _output(

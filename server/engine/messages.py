@@ -88,6 +88,9 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     generation_tokens: int = 0
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
+    spec_decode_num_drafts: int = 0
+    spec_decode_num_draft_tokens: int = 0
+    spec_decode_num_accepted_tokens: int = 0
 
 
 class StepOutput(msgspec.Struct, frozen=True, array_like=True, tag=True):

@@ -31,7 +31,7 @@ from server.engine.step_inputs import InputBuilder, StepInputs
 
 @dataclass(frozen=True, slots=True)
 class RunOutput:
-    """One entry per row of the batch that needed a sample, in order: None where its logits were not numbers.
+    """One entry per token that was drawn, in order: None where its logits were not numbers.
     `prompt_logprobs` by request id, of the sequences whose prompts were scored in part."""
 
     token_ids: list[int | None]
@@ -113,6 +113,11 @@ class ModelRunner:
         return decoder
 
     @property
+    def max_draft_rows(self) -> int:
+        """Rows of a step up to which more of them cost next to nothing; 0 where each costs."""
+        return 0 if self._decoder is None else self._decoder.tile_rows
+
+    @property
     def device_name(self) -> str:
         return device_name(self.device)
 
@@ -124,7 +129,8 @@ class ModelRunner:
         logits, scored = self._compute(batch, inputs)
         if logits is None:
             return RunOutput([], [], scored)
-        sampled = [seq for seq, wanted in zip(batch.sequences, batch.needs_sample, strict=True) if wanted]
+        rows = zip(batch.sequences, batch.needs_sample, strict=True)
+        sampled = [seq for seq, wanted in rows if wanted for _ in range(1 + len(seq.draft))]
         sampling = self._sampling_batch(sampled)
         output = self.sampler.sample(logits, sampling, inputs.sample_positions)
         sampling.record(output.token_ids)

@@ -18,7 +18,7 @@ from server.engine.block_manager import BlockManager
 from server.engine.sequence import FinishReason, InvalidSequenceError, Sequence, SequenceStatus
 
 SequenceUpdate = tuple[Sequence, list[int], bool]
-"""A sequence, its new token ids (none or one), and whether it is finished."""
+"""A sequence, its new token ids (none, one, or more where a draft was right), and whether it is finished."""
 
 
 class SchedulerConfigError(QuillError):
@@ -32,7 +32,8 @@ class ScheduledBatch:
 
     The first `num_decodes` rows are decodes: exactly one token, past the prompt. `needs_sample[i]` says that the
     row reaches the end of its sequence's tokens, so that a next token is to be drawn. Of a sequence with a
-    `prompt_score`, its `rows` of the row's tokens are to be scored.
+    `prompt_score`, its `rows` of the row's tokens are to be scored. A sequence with a `draft` computes its last token
+    and the draft's, and a next token is to be drawn behind each of them.
     `expired` are sequences that ended because their deadline passed; they are in no later batch or update.
     """
 
@@ -49,7 +50,8 @@ class ScheduledBatch:
 
     @property
     def num_samples(self) -> int:
-        return sum(self.needs_sample)
+        """Tokens to be drawn."""
+        return sum(self.needs_sample) + sum([len(seq.draft) for seq in self.sequences])
 
     def row(self, index: int) -> ScheduledBatch:
         """The step of one of the sequences alone."""
@@ -66,7 +68,8 @@ class Scheduler:
     """Queues and limits. `max_num_seqs` bounds the running sequences, `max_num_batched_tokens` a step's tokens.
 
     Counters from the start: `num_steps`, `num_preemptions`, `prompt_tokens` (of prompts that gave a first
-    token or were scored) and `generation_tokens`.
+    token or were scored), `generation_tokens`, `num_drafts`, their `num_draft_tokens` and of these
+    `num_accepted_tokens`. Sequences draft tokens as long as a step stays within `max_draft_rows` rows.
 
     Raises SchedulerConfigError if the pool cannot hold one sequence of `max_model_len`, or if the budget is below
     `max_num_seqs`: decodes could then fill it step after step, and a prompt would never get its turn.
@@ -79,6 +82,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_model_len: int,
         clock: Callable[[], float] = time.monotonic,
+        max_draft_rows: int = 0,
     ) -> None:
         capacity = block_manager.num_blocks * block_manager.block_size
         if capacity < max_model_len:
@@ -99,7 +103,11 @@ class Scheduler:
         self.num_preemptions = 0
         self.prompt_tokens = 0
         self.generation_tokens = 0
+        self.num_drafts = 0
+        self.num_draft_tokens = 0
+        self.num_accepted_tokens = 0
         self._clock = clock
+        self._max_draft_rows = max_draft_rows
         self._waiting: OrderedDict[int, Sequence] = OrderedDict()
         self._running: dict[int, Sequence] = {}
         self._deadlines: list[tuple[float, int]] = []  # a heap; entries of finished sequences linger for a while
@@ -153,6 +161,9 @@ class Scheduler:
         """
         now = self._clock()
         expired = self._expire(now)
+        if self._max_draft_rows:
+            for seq in self._running.values():
+                seq.draft = []
         decodes: list[Sequence] = []
         prefills: list[Sequence] = []
         budget = self._schedule_running(decodes, prefills)
@@ -161,13 +172,13 @@ class Scheduler:
         return _make_batch(decodes, prefills, expired)
 
     def update(self, batch: ScheduledBatch, sampled: list[int | None]) -> list[SequenceUpdate]:
-        """Take in a step's result: `sampled` holds, in order, one token id for each row with `needs_sample`, or None
-        where drawing it failed, which ends that sequence with finish_reason "error".
+        """Take in a step's result: `sampled` holds, in order, one token id for each row with `needs_sample` and each
+        token of a draft, or None where drawing it failed, which ends that sequence with finish_reason "error".
 
         Returns the sequences that got a token, that were scored in part or that ended. Rows aborted since `schedule`
         are passed over.
         """
-        assert len(sampled) == batch.num_samples, "one entry of sampled per row that needs a sample"
+        assert len(sampled) == batch.num_samples, "one entry of sampled per token to be drawn"
         now = self._clock()
         self.num_steps += 1
         results: list[SequenceUpdate] = []
@@ -175,8 +186,11 @@ class Scheduler:
         running = SequenceStatus.RUNNING
         rows = zip(batch.sequences, batch.num_scheduled_tokens, batch.needs_sample, strict=True)
         for seq, count, needs_sample in rows:
-            token_id = next(tokens) if needs_sample else None
+            drawn = [next(tokens) for _ in range(1 + len(seq.draft))] if needs_sample else []
             if seq.status is not running:
+                continue
+            if seq.draft:
+                results.append(self._take_draft(seq, drawn, now))
                 continue
             scored = seq.prompt_score is not None and seq.prompt_score.take(seq.num_computed_tokens, count)
             seq.num_computed_tokens += count
@@ -184,7 +198,7 @@ class Scheduler:
             if seq.num_computed_tokens >= seq.next_cache_boundary:
                 self.block_manager.mark_computed(seq)
             if needs_sample:
-                results.append(self._take_token(seq, token_id, now))
+                results.append(self._take_token(seq, drawn[0], now))
             elif seq.score_only and seq.num_computed_tokens == len(seq.token_ids):
                 self.prompt_tokens += seq.num_prompt_tokens
                 self._finish(seq, "length", now)
@@ -200,6 +214,7 @@ class Scheduler:
         """
         running = list(self._running.values())
         size = self.block_manager.block_size
+        most = self._draft_length(len(running))
         budget = self.max_num_batched_tokens - sum([_is_decode(seq) for seq in running])
         for seq in running:
             if seq.request_id not in self._running:
@@ -208,12 +223,23 @@ class Scheduler:
                 if seq.num_computed_tokens >= len(seq.block_table) * size and not self._make_room(seq):
                     break
                 seq.num_scheduled_tokens = 1
-                decodes.append(seq)
+                if most:
+                    self._draft(seq, min(most, budget))
+                    budget -= len(seq.draft)
+                    seq.num_scheduled_tokens += len(seq.draft)
+                (prefills if seq.draft else decodes).append(seq)
             else:
                 budget -= _schedule_prefill(seq, budget)
                 if seq.num_scheduled_tokens:
                     prefills.append(seq)
         return budget
+
+    def _draft_length(self, num_running: int) -> int:
+        """How many tokens each sequence may guess: rows that fill a step up to `max_draft_rows` cost next to nothing,
+        but blocks that others wait for must not go into guesses."""
+        if not num_running or self._waiting or self.block_manager.num_free_blocks < 2 * num_running:
+            return 0
+        return max(0, self._max_draft_rows // num_running - 1)
 
     def _make_room(self, seq: Sequence) -> bool:
         """Give `seq` a slot for one token, preempting the newest sequences as needed; False if that reached `seq`."""
@@ -280,6 +306,37 @@ class Scheduler:
         self._finish(seq, finish_reason, now)
         return seq, [token_id], True
 
+    def _take_draft(self, seq: Sequence, drawn: list[int | None], now: float) -> SequenceUpdate:
+        """Take the drawn tokens as long as each is what the draft had computed on."""
+        draft, seq.draft = seq.draft, []
+        seq.num_scheduled_tokens = 0
+        taken: list[int] = []
+        finished = False
+        for place, token_id in enumerate(drawn):
+            seq.num_computed_tokens += 1
+            if seq.num_computed_tokens >= seq.next_cache_boundary:
+                self.block_manager.mark_computed(seq)
+            _, tokens, finished = self._take_token(seq, token_id, now)
+            taken += tokens
+            if finished or place == len(draft) or token_id != draft[place]:
+                break
+        num_right = max(0, len(taken) - 1)
+        assert seq.lookup is not None, "drafts come from it"
+        seq.lookup.settle(num_right)
+        self.num_drafts += 1
+        self.num_draft_tokens += len(draft)
+        self.num_accepted_tokens += num_right
+        return seq, taken, finished
+
+    def _draft(self, seq: Sequence, most: int) -> None:
+        """Guess up to `most` tokens where the sequence may still have one more than that, and there are slots."""
+        most = min(most, seq.max_num_tokens - len(seq.token_ids) - 1)
+        if seq.lookup is None or most < 1:
+            return
+        draft = seq.lookup.propose(seq.token_ids, most)
+        if draft and self.block_manager.allocate_slots(seq, 1 + len(draft)):
+            seq.draft = draft
+
     def _find(self, request_id: int) -> Sequence | None:
         return self._running.get(request_id) or self._waiting.get(request_id)
 
@@ -321,7 +378,7 @@ def _schedule_prefill(seq: Sequence, budget: int) -> int:
 def _make_batch(decodes: list[Sequence], prefills: list[Sequence], expired: list[Sequence]) -> ScheduledBatch:
     counts = [1] * len(decodes) + [seq.num_scheduled_tokens for seq in prefills]
     ends = [
-        seq.num_computed_tokens + seq.num_scheduled_tokens == len(seq.token_ids) and not seq.score_only
+        seq.num_computed_tokens + seq.num_scheduled_tokens >= len(seq.token_ids) and not seq.score_only
         for seq in prefills
     ]
     return ScheduledBatch(

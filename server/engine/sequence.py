@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from model.errors import QuillError
 from model.sampling_params import MAX_LOGPROBS, SamplingParams
+from server.engine.speculation import PromptLookup
 
 if TYPE_CHECKING:
     from server.engine.block_manager import BlockContent
@@ -61,6 +62,7 @@ class Sequence:
     `num_computed_tokens` counts the leading tokens whose KV is written; `num_scheduled_tokens` those that the
     current step computes next. `block_table[i]` is the block that holds positions `i * block_size` and on.
     `cached_tokens` counts prompt tokens that the prefix cache served when the sequence was first admitted.
+    `draft` holds guesses at the tokens after the last one, computed in the current step only; `lookup` makes them.
     `deadline` and the timings are seconds on the scheduler's clock; a timing is 0.0 until it is known.
 
     `prompt_logprobs` asks for the log-probabilities of the prompt's tokens from `prompt_logprobs_start` on, each with
@@ -72,10 +74,11 @@ class Sequence:
     """
 
     __slots__ = (
-        "arrival_time", "block_contents", "block_table", "cache_epoch", "cached_tokens", "deadline", "eos_token_ids",
-        "finish_reason", "finished", "first_scheduled", "first_token", "max_num_tokens", "next_cache_boundary",
-        "num_cached_blocks", "num_computed_tokens", "num_preemptions", "num_prompt_tokens", "num_scheduled_tokens",
-        "params", "prompt_score", "request_id", "score_only", "status", "stop_ids", "stop_token_id", "token_ids",
+        "arrival_time", "block_contents", "block_table", "cache_epoch", "cached_tokens", "deadline", "draft",
+        "eos_token_ids", "finish_reason", "finished", "first_scheduled", "first_token", "lookup", "max_num_tokens",
+        "next_cache_boundary", "num_cached_blocks", "num_computed_tokens", "num_preemptions", "num_prompt_tokens",
+        "num_scheduled_tokens", "params", "prompt_score", "request_id", "score_only", "status", "stop_ids",
+        "stop_token_id", "token_ids",
     )  # fmt: skip
 
     def __init__(
@@ -121,6 +124,9 @@ class Sequence:
         self.first_token = 0.0
         self.finished = 0.0
         self.num_preemptions = 0
+        self.draft: list[int] = []
+        # Penalties count the tokens before each position, which only one draw at a time can know.
+        self.lookup = None if params.has_penalties else PromptLookup()
 
         # The block manager's part. `block_contents[i]` identifies the i-th full block and outlives a preemption.
         self.block_table: list[int] = []

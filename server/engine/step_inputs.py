@@ -57,6 +57,7 @@ class InputBuilder:
         for seq, count in zip(sequences[decodes:], counts[decodes:], strict=True):
             start = seq.num_computed_tokens
             tokens += seq.token_ids[start : start + count]
+            tokens += seq.draft
             positions += range(start, start + count)
         num_tokens = len(tokens)
         padding = max(0, MIN_ROWS - num_tokens)
@@ -64,20 +65,19 @@ class InputBuilder:
         ends = np.cumsum([0, *counts], dtype=np.int32)
         positions_array = np.array(positions + [0] * padding, dtype=np.int64)
         tables = self._block_tables(sequences)
-        sample_rows = ends[1:][np.array(batch.needs_sample, dtype=bool)] - 1
+        sample_rows, generated = _sampled_rows(batch, ends)
         scored, targets = _scored_rows(batch, ends)
         score_arrays: tuple[np.ndarray, ...] = ()
         if len(scored):
             wanted = np.sort(np.concatenate([sample_rows, scored]))
             score_arrays = np.searchsorted(wanted, sample_rows), np.searchsorted(wanted, scored), targets
             sample_rows = wanted
-        generated = [seq.num_output_tokens for seq, wanted in zip(sequences, batch.needs_sample, strict=True) if wanted]
         arrays = [
             np.array(tokens + [0] * padding, dtype=np.int64),
             positions_array,
             self._slots(positions_array, counts, tables, padding),
             sample_rows.astype(np.int64),
-            np.array(generated, dtype=np.int64),
+            generated,
             ends,
             np.array(context_lens, dtype=np.int32),
             tables,
@@ -126,6 +126,20 @@ class InputBuilder:
         if self._transfer is None:
             return [torch.from_numpy(array) for array in arrays]
         return self._transfer.send(arrays)
+
+
+def _sampled_rows(batch: ScheduledBatch, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The step's rows [samples] behind which a token is drawn, and how many tokens [samples] come before it: the last
+    row of a sequence, and with a draft the rows of the draft too."""
+    rows = ends[1:][np.array(batch.needs_sample, dtype=bool)] - 1
+    sampled = [seq for seq, wanted in zip(batch.sequences, batch.needs_sample, strict=True) if wanted]
+    generated = np.array([seq.num_output_tokens for seq in sampled], dtype=np.int64)
+    if not any(seq.draft for seq in sampled):
+        return rows, generated
+    lengths = [len(seq.draft) for seq in sampled]
+    steps = np.concatenate([np.arange(length + 1) for length in lengths])
+    repeats = np.array(lengths) + 1
+    return np.repeat(rows - np.array(lengths), repeats) + steps, np.repeat(generated, repeats) + steps
 
 
 def _scored_rows(batch: ScheduledBatch, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
