@@ -132,6 +132,7 @@ async function stream({ body }) {
   } catch (error) {
     if (signal.aborted) return "Stopped";
     fail(error);
+    byId("result").hidden = !view.numTokens;
     return "Ended by an error";
   }
 }

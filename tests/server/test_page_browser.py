@@ -187,6 +187,7 @@ def test_a_full_queue_says_when_to_come_back(page: Page, engine: PageEngine) -> 
     page.get_by_role("button", name="Generate").click()
     expect(page.get_by_role("alert")).to_contain_text("The request queue is full; try again later. Try again in 7 s.")
     assert re.search(r"\(req-[0-9a-f]+\)", page.get_by_role("alert").inner_text())
+    expect(page.locator("#result")).to_be_hidden()
     engine.queue_limit = 8
     generate(page)
     expect(page.locator("#notice")).to_be_hidden()
