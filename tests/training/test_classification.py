@@ -20,7 +20,7 @@ from model.errors import CheckpointError, ConfigError, QuillError
 from model.presets import create_config
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
-from tests.training.test_cli import call
+from tests.training.conftest import Command
 from training.errors import DivergedError, RecipeError
 from training.tasks import classification
 from training.tasks.classification import finetune_classifier
@@ -233,21 +233,19 @@ def test_a_loss_that_is_no_number_ends_the_run(base: Path, table: Path, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_the_commands(
-    base: Path, table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_commands(base: Path, table: Path, tmp_path: Path, command: Command) -> None:
     out = tmp_path / "out"
     tune = ["finetune", "classify", "--init-from", base, "--input", table, "--out", out, "--lr", "5e-3"]
-    status, printed, told = call(capsys, monkeypatch, *tune, "--epochs", "8", "--json", "--device", "cpu")
+    status, printed, told = command(*tune, "--epochs", "8", "--json", "--device", "cpu")
     assert status == 0
     assert json.loads(printed)["test"]["accuracy"] >= 0.95
     assert "epoch 8 of 8" in told
-    status, printed, _ = call(capsys, monkeypatch, "classify", out, "--text", "1 zzz 1", "--text", "aaa", "--json")
+    status, printed, _ = command("classify", out, "--text", "1 zzz 1", "--text", "aaa", "--json")
     answer = json.loads(printed)
     assert [each["label"] for each in answer["results"]] == ["loud", "calm"]
-    status, printed, _ = call(capsys, monkeypatch, "classify", out, "--text", "1 zzz 1")
+    status, printed, _ = command("classify", out, "--text", "1 zzz 1")
     assert printed.startswith("loud\t0.")
-    status, printed, _ = call(capsys, monkeypatch, "classify", out, "--input", table)
+    status, printed, _ = command("classify", out, "--input", table)
     assert "precision" in printed
     assert "true \\ given" in printed
     for arguments, message in (
@@ -255,18 +253,18 @@ def test_the_commands(
         ([out, "--text", "a", "--input", table], "give either --text"),
         ([base, "--text", "a"], "a language model"),
     ):
-        status, _, told = call(capsys, monkeypatch, "classify", *arguments)
+        status, _, told = command("classify", *arguments)
         assert status == 1
         assert message in told
     (tmp_path / "other.tsv").write_text("calm\ta\nhuge\tb\n")
-    status, _, told = call(capsys, monkeypatch, "classify", out, "--input", tmp_path / "other.tsv")
+    status, _, told = command("classify", out, "--input", tmp_path / "other.tsv")
     assert (status, "label 'huge' is none of the classifier's (calm, loud, odd)" in told) == (1, True)
-    status, _, told = call(capsys, monkeypatch, *tune)
+    status, _, told = command(*tune)
     assert (status, "is not empty" in told) == (1, True)
 
 
 def test_a_signal_stops_the_command_with_status_0(
-    base: Path, table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    base: Path, table: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measure = classification.log_probabilities
 
@@ -276,8 +274,8 @@ def test_a_signal_stops_the_command_with_status_0(
 
     monkeypatch.setattr(classification, "log_probabilities", terminate)
     out = tmp_path / "out"
-    status, printed, _ = call(
-        capsys, monkeypatch, "finetune", "classify", "--init-from", base, "--input", table, "--out", out,
+    status, printed, _ = command(
+        "finetune", "classify", "--init-from", base, "--input", table, "--out", out,
         "--epochs", "30", "--device", "cpu",
     )  # fmt: skip
     assert status == 0

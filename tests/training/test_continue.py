@@ -19,8 +19,7 @@ from model.errors import TokenizerError
 from model.manifest import weights_digest
 from model.tokenizer import Tokenizer
 from model.tokenizer.extension import extend_tokenizer, is_extension
-from tests.training.conftest import ConfigMaker, train
-from tests.training.test_cli import call
+from tests.training.conftest import ConfigMaker, exit_status, train
 from training.build import make_model, make_model_config
 from training.config import ModelSection, TrainConfig
 from training.data.prepare import PrepareRequest, prepare
@@ -171,34 +170,29 @@ def losses(run: str, split: str) -> dict[int, tuple[float, float]]:
     return {line["step"]: (line["loss"], line["lr"]) for line in lines if line["split"] == split}
 
 
-def test_from_prose_to_verse(
-    make_config: ConfigMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_from_prose_to_verse(make_config: ConfigMaker, tmp_path: Path) -> None:
     """The path of the guide: a first corpus, then a smaller one with labels and an extended tokenizer."""
     (tmp_path / "prose.txt").write_text(prose(400), encoding="utf-8")
     rows = "\n".join(json.dumps(row, ensure_ascii=False) for row in verses(300))
     (tmp_path / "verse.jsonl").write_text(rows, encoding="utf-8")
 
-    def command(*words: object) -> str:
-        status, out, err = call(capsys, monkeypatch, *words)
-        assert status == 0, err
-        return out
-
     settings: dict[str, object] = {
         "train__seq_len": 32, "train__batch_size": 8, "train__warmup_steps": 3, "train__eval_interval": 30,
         "train__eval_tokens": 0, "model__dropout": 0.0, "model__hidden_size": 32,
     }  # fmt: skip
-    command("prepare", "--input", tmp_path / "prose.txt", "--tokenizer", "bytes", "--out", tmp_path / "prose")
+    first_corpus = ("--input", tmp_path / "prose.txt", "--tokenizer", "bytes", "--out", tmp_path / "prose")
+    assert exit_status("prepare", *first_corpus) == 0
     first = make_config(
         data__dir=str(tmp_path / "prose"), run__dir=str(tmp_path / "first"), train__max_steps=90, **settings
     )
     train(first)
     parent = tmp_path / "first/checkpoints/best"
 
-    command(
-        "prepare", "--input", tmp_path / "verse.jsonl", "--tokenizer", parent, "--control", "theme", "--add-token",
-        "॥", "--val-fraction", 0.1, "--test-fraction", 0.1, "--out", tmp_path / "verse",
+    second_corpus = (
+        "--input", tmp_path / "verse.jsonl", "--tokenizer", parent, "--control", "theme", "--add-token", "॥",
+        "--val-fraction", 0.1, "--test-fraction", 0.1, "--out", tmp_path / "verse",
     )  # fmt: skip
+    assert exit_status("prepare", *second_corpus) == 0
     splits = {name: info.documents for name, info in read_data_manifest(tmp_path / "verse").splits.items()}
     assert sum(splits.values()) == 300
     assert all(15 < splits[name] < 45 for name in ("val", "test"))

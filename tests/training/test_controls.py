@@ -21,8 +21,7 @@ from model.errors import ControlError, TokenizerError
 from model.generate import generate
 from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
-from tests.training.conftest import ConfigMaker, train
-from tests.training.test_cli import call
+from tests.training.conftest import Command, ConfigMaker, train
 from tests.training.test_prepare_formats import write_rows
 from training.controls import control_prefix
 from training.data.prepare import PrepareRequest, prepare
@@ -313,7 +312,7 @@ LETTERS = {("a", "low"): "ab", ("b", "low"): "cd", ("a", "up"): "AB", ("b", "up"
 
 
 def test_a_trained_model_writes_what_the_control_says(
-    make_config: ConfigMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    make_config: ConfigMaker, tmp_path: Path, command: Command
 ) -> None:
     rng = random.Random(1)
     rows: list[dict[str, object]] = [
@@ -338,13 +337,13 @@ def test_a_trained_model_writes_what_the_control_says(
             for seed in range(5)
         )
         assert sum(letter in letters for letter in written) > 0.9 * len(written) > 0
-    status, out, err = call(
-        capsys, monkeypatch, "generate", best, "--control", "theme=b", "--control", "meter=up", "--max-tokens", 8,
+    status, out, err = command(
+        "generate", best, "--control", "theme=b", "--control", "meter=up", "--max-tokens", 8,
         "--device", "cpu",
     )  # fmt: skip
     assert (status, err) == (0, "")
     assert set(out.strip()) <= set("CD")
     typed = TextGenerator.load(best, device="cpu").prompt_ids("<|theme:b|>", ["theme=a"])
     assert typed == [256, tokenizer.special_tokens["<|theme:a|>"], *b"<|theme:b|>"]
-    status, _, err = call(capsys, monkeypatch, "generate", best, "--control", "theme=c", "--device", "cpu")
+    status, _, err = command("generate", best, "--control", "theme=c", "--device", "cpu")
     assert (status, err) == (1, "error: control theme has no value 'c', only a, b\n")

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from model.sampling_params import SamplingParams
-from tests.training.conftest import make_text
-from tests.training.test_cli import call
+from tests.training.conftest import Command, make_text
 from tests.training.tiny_models import save_tiny_model
 from training.evaluation.samples import read_samples
 from training.evaluation.tables import ResultTable
 from training.generate import TextGenerator
-
-Command = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +24,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    return lambda *args: call(capsys, monkeypatch, "evaluate", *args)
+def command(command: Command) -> Command:
+    return partial(command, "evaluate")
 
 
 @pytest.fixture

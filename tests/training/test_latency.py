@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from model.generate import generate
 from model.presets import create_config
 from model.sampling_params import SamplingParams
 from model.transformer import Transformer
-from tests.training.test_cli import call
+from tests.training.conftest import Command
 from tests.training.tiny_models import save_tiny_model
 from training.errors import RecipeError
 from training.evaluation import latency
@@ -122,11 +122,11 @@ def test_a_preset_has_random_weights_of_the_type_asked_for() -> None:
 
 
 @pytest.fixture
-def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    return lambda *args: call(capsys, monkeypatch, "latency", *args)
+def command(command: Command) -> Command:
+    return partial(command, "latency")
 
 
-def test_the_command_prints_the_grid(command: Any, tmp_path: Path) -> None:
+def test_the_command_prints_the_grid(command: Command, tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "gpt2", "gpt2", context=64)
     options = ("--batch-sizes", "1,2", "--lengths", "8, 16", "--new-tokens", 2, "--repeats", 1, "--device", "cpu")
     status, out, err = command(folder, *options, "--out", tmp_path / "grid.json", "--json")
@@ -162,7 +162,7 @@ def test_the_command_prints_the_grid(command: Any, tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_one_sentence(
-    args: list[str], message: str, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    args: list[str], message: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     status, out, err = command(*args)
