@@ -18,6 +18,7 @@ from server.engine.cuda_graph import CUDAGraphRunner, DecodeBuffers, graph_sizes
 from server.engine.llm_engine import LLMEngine
 from server.engine.messages import AddRequest
 from server.engine.scheduler import ScheduledBatch
+from server.engine.sequence import Sequence
 from server.engine.transfer import HostToDevice
 from tests.engine.conftest import VOCAB_SIZE
 
@@ -109,11 +110,11 @@ def test_capturing_leaves_the_cache_as_it_is(llama_checkpoint: Path) -> None:
 def test_only_steps_that_decode_and_sample_every_row_are_replayed(llama_checkpoint: Path) -> None:
     engine = make_engine(llama_checkpoint, "cpu", attention_backend="torch", max_num_seqs=2)
     graphs = EagerReplays(engine.runner)
-    sequences = [object(), object()]
+    sequences = [Sequence(number, [1], SamplingParams(), (), 16, 0.0) for number in range(2)]
     for decodes, samples, wanted in [(2, [True, True], True), (1, [True, True], False), (2, [True, False], False)]:
-        batch = ScheduledBatch(sequences, [1, 1], samples, num_decodes=decodes, num_tokens=2)  # type: ignore[arg-type]
+        batch = ScheduledBatch(sequences, [1, 1], samples, num_decodes=decodes, num_tokens=2)
         assert graphs.can_replay(batch) is wanted
-    many = ScheduledBatch(sequences[:1] * 3, [1] * 3, [True] * 3, num_decodes=3, num_tokens=3)  # type: ignore[arg-type]
+    many = ScheduledBatch(sequences[:1] * 3, [1] * 3, [True] * 3, num_decodes=3, num_tokens=3)
     assert not graphs.can_replay(many)
 
 
