@@ -23,12 +23,17 @@ class Answer:
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
 
     def begins(self, whole: Answer) -> bool:
         """Whether the whole answer starts with this one."""
-        count = len(self.token_ids)
-        return self.token_ids == whole.token_ids[:count] and self.logprobs == whole.logprobs[: len(self.logprobs)]
+        parts = (
+            (self.token_ids, whole.token_ids),
+            (self.logprobs, whole.logprobs),
+            (self.prompt_logprobs, whole.prompt_logprobs),
+        )
+        return all(mine == theirs[: len(mine)] for mine, theirs in parts)
 
 
 Answers = dict[int, Answer]
@@ -48,15 +53,16 @@ def cache_bytes(engine: LLMEngine, num_blocks: int) -> int:
 
 
 def mixed_requests(count: int, seed: int) -> list[AddRequest]:
-    """Greedy and sampled, with penalties, biases, stop tokens and logprobs, and prompts of 1 to 90 tokens, half of them
-    behind one of three prefixes."""
+    """Greedy and sampled, with penalties, biases, stop tokens and log-probabilities of prompts and answers; prompts of
+    1 to 90 tokens, half of them behind one of three prefixes."""
     rng = random.Random(seed)
     prefixes = [[rng.randrange(VOCAB_SIZE) for _ in range(length)] for length in (16, 35, 48)]
     requests = []
     for request_id in range(count):
         own = [rng.randrange(VOCAB_SIZE) for _ in range(rng.randrange(1, rng.choice([6, 42])))]
         prompt = rng.choice(prefixes) + own if rng.random() < 0.5 else own
-        requests.append(AddRequest(request_id, prompt, _random_params(rng), 0.0))
+        scored = rng.choice([None, None, None, 0, 2])
+        requests.append(AddRequest(request_id, prompt, _random_params(rng), 0.0, prompt_logprobs=scored))
     return requests
 
 
@@ -116,6 +122,7 @@ def _collect(engine: LLMEngine, answers: Answers) -> None:
         answer = answers[output.request_id]
         answer.token_ids += output.token_ids
         answer.logprobs += output.logprobs or []
+        answer.prompt_logprobs += output.prompt_logprobs or []
         answer.finish_reason = output.finish_reason
 
 

@@ -5,11 +5,15 @@ The full size, a thousand requests for each model and precision: `pytest -m slow
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
 from model.errors import ConfigError
@@ -24,6 +28,7 @@ from tests.engine.mixed_load import (
     run_under_load,
     split_sums,
 )
+from tests.server.real import running, save_random
 
 PRECISIONS = ("float32", "bfloat16", "int8")
 COUNT = 28
@@ -126,3 +131,37 @@ def test_a_product_that_depends_on_the_number_of_rows_is_found_out(llama_checkpo
     alone = run_alone(engine, requests)
     assert differing(run_alone(engine, requests), alone) == []
     assert len(differing(run_under_load(engine, requests, seed=0), alone)) > 2
+
+
+def ask(url: str, body: dict[str, Any]) -> tuple[list[int], str, str]:
+    """Token ids, text and finish reason of one choice, put together from the events where it is streamed."""
+    response = httpx.post(f"{url}/generate", json=body, timeout=60)
+    assert response.status_code == 200, response.text
+    lines = [response.text]
+    if body["stream"]:
+        lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: {")]
+    choices = [choice for line in lines for choice in json.loads(line)["choices"]]
+    token_ids = [token_id for choice in choices for token_id in choice["token_ids"]]
+    return token_ids, "".join(choice["text"] for choice in choices), choices[-1]["finish_reason"]
+
+
+def test_streamed_or_not_over_http_is_the_same_answer(tmp_path: Path) -> None:
+    """Each body alone and not streamed, then all at once, streamed and not."""
+    bodies: list[dict[str, Any]] = [
+        {
+            "prompt": "To be" * (1 + number % 7),
+            "max_tokens": 8 + number,
+            "temperature": number % 3 * 0.6,
+            "seed": number,
+        }
+        for number in range(10)
+    ]
+    with running(save_random(tmp_path / "model"), "--max-num-batched-tokens", "24", "--max-num-seqs", "8") as server:
+        server.wait_ready()
+        alone = [ask(server.url, body | {"stream": False}) for body in bodies]
+        with ThreadPoolExecutor(2 * len(bodies)) as pool:
+            together = [
+                pool.submit(ask, server.url, body | {"stream": stream}) for body in bodies for stream in (True, False)
+            ]
+        assert [future.result() for future in together] == [answer for answer in alone for _ in range(2)]
+    assert len({tuple(token_ids) for token_ids, _, _ in alone}) == len(bodies)
