@@ -115,6 +115,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-num-seqs", type=int)
     parser.add_argument("--max-num-batched-tokens", type=int)
     parser.add_argument("--kv-cache-memory", type=int, metavar="BYTES")
+    # Random weights soon repeat themselves, which would flatter guesses: off unless asked for.
+    parser.add_argument("--speculation", action="store_true", help="let sequences guess their next tokens")
 
 
 def engine_config(args: argparse.Namespace, *, prefix_caching: bool = True) -> EngineConfig:
@@ -130,6 +132,7 @@ def engine_config(args: argparse.Namespace, *, prefix_caching: bool = True) -> E
         kv_cache_memory=args.kv_cache_memory,
         num_threads=args.threads,
         prefix_caching=prefix_caching,
+        speculation=args.speculation,
     )
 
 

@@ -115,6 +115,7 @@ def make_engine(args: argparse.Namespace, streams: int, context: int) -> LLMEngi
             block_size=block_size,
             prefix_caching=False,
             num_threads=args.threads,
+            speculation=False,  # a step is to compute one token of each stream
         )
     )
 

@@ -163,7 +163,7 @@ def http_system(plan: Plan) -> System:
     details: dict[str, Any] = {}
     arguments = [
         "--model", str(plan.model), "--num-threads", str(plan.threads), "--device", plan.device, "--dtype", "bfloat16",
-        *plan.engine_options, "--log-level", "warning",
+        "--no-speculation", *plan.engine_options, "--log-level", "warning",
     ]  # fmt: skip
 
     def run(round_number: int) -> Figures:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from model.checkpoint import load_model
+from model.checkpoint import load_model, save_model
+from model.config import ModelConfig
 from model.sampling_params import SamplingParams
+from model.transformer import Transformer
 from server.engine.config import EngineConfig
 from server.engine.llm_engine import LLMEngine
 from server.engine.messages import AddRequest, TokenLogprobs
+from server.engine.speculation import PromptLookup
 from tests.engine.conftest import VOCAB_SIZE
 
 
@@ -39,9 +42,29 @@ class Answer:
 Answers = dict[int, Answer]
 
 
+def make_lively_checkpoint(config: ModelConfig, folder: Path) -> Path:
+    """A random model whose layers change what they are given: one with the usual weights says its last token again,
+    and its answers would hardly depend on what attention and products return."""
+    model = Transformer(config)
+    model.init_weights(seed=3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter.mul_(60.0)
+            elif name.startswith(("embed_tokens", "lm_head")):
+                parameter.mul_(6.0)
+            elif name.endswith("qkv_proj.weight"):
+                parameter.mul_(4.0)
+    save_model(folder, model, dtype=torch.float32)
+    return folder
+
+
 def make_engine(folder: Path, precision: str, **changes: object) -> LLMEngine:
-    """`precision` is a dtype, or int8 for quantised weights. Raises ConfigError for what the engine cannot run."""
-    settings: dict[str, object] = {"max_num_seqs": 24, "max_num_batched_tokens": 128}
+    """`precision` is a dtype, or int8 for quantised weights. Nothing is guessed unless `changes` say so.
+
+    Raises ConfigError for what the engine cannot run.
+    """
+    settings: dict[str, object] = {"max_num_seqs": 24, "max_num_batched_tokens": 128, "speculation": False}
     settings |= {"quantization": "int8"} if precision == "int8" else {"dtype": precision}
     return LLMEngine(EngineConfig(str(folder), "test", device="cpu", **settings | changes))  # type: ignore[arg-type]
 
@@ -77,10 +100,10 @@ def _random_params(rng: random.Random) -> SamplingParams:
         repetition_penalty=rng.choice([1.3, 0.8]) if penalised else 1.0,
         presence_penalty=0.6 if penalised else 0.0,
         frequency_penalty=rng.choice([0.0, 0.4]) if penalised else 0.0,
-        logit_bias={3: 4.0, rng.randrange(VOCAB_SIZE): -2.0} if rng.random() < 0.2 else {},
+        logit_bias={3: 7.0, rng.randrange(VOCAB_SIZE): -2.0} if rng.random() < 0.25 else {},
         min_tokens=rng.choice([0, 1]),
         seed=rng.getrandbits(63),
-        stop_token_ids=tuple(range(0, VOCAB_SIZE, 2)) if rng.random() < 0.35 else (),
+        stop_token_ids=tuple(range(0, VOCAB_SIZE, 20)) if rng.random() < 0.35 else (),
         ignore_eos=rng.random() < 0.3,
         logprobs=rng.choice([None, None, 0, 3, 20]),
     )
@@ -133,6 +156,25 @@ def differing(answers: Answers, alone: Answers) -> list[int]:
         for request_id, answer in answers.items()
         if not (answer == alone[request_id] if answer.finish_reason else answer.begins(alone[request_id]))
     ]
+
+
+Propose = Callable[[PromptLookup, list[int], int], list[int]]
+
+
+def erring_guesses(requests: Iterable[AddRequest], alone: Answers) -> Propose:
+    """A `PromptLookup.propose` that knows every answer, and errs somewhere in half of its guesses."""
+    rng = random.Random(1)
+    known = [request.prompt_token_ids + alone[request.request_id].token_ids for request in requests]
+
+    def propose(self: PromptLookup, token_ids: list[int], most: int) -> list[int]:
+        whole = next(whole for whole in known if whole[: len(token_ids)] == list(token_ids))
+        guess = whole[len(token_ids) : len(token_ids) + most]
+        if guess and rng.random() < 0.5:
+            place = rng.randrange(len(guess))
+            guess[place] = (guess[place] + 1) % VOCAB_SIZE
+        return guess
+
+    return propose
 
 
 def split_sums(engine: LLMEngine, folder: Path) -> None:

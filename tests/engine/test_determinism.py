@@ -18,11 +18,15 @@ import pytest
 
 from model.errors import ConfigError
 from server.engine.messages import AddRequest, EngineStats
+from server.engine.speculation import PromptLookup
+from tests.engine.conftest import MODELS
 from tests.engine.mixed_load import (
     Answers,
     cache_bytes,
     differing,
+    erring_guesses,
     make_engine,
+    make_lively_checkpoint,
     mixed_requests,
     run_alone,
     run_under_load,
@@ -45,6 +49,7 @@ class Load:
     small_pool: bool = False
     passes: int = 1
     abort_share: float = 0.0
+    guessing: bool = False
 
 
 LOADS = {
@@ -57,14 +62,25 @@ LOADS = {
     "preempted": Load(lambda stats: stats.num_preemptions > 0, {"prefix_caching": False}, small_pool=True),
     # The second pass finds nearly every prompt in the cache.
     "prefix cached": Load(lambda stats: 2 * stats.prefix_cache_hits > stats.prefix_cache_queries / 2, passes=2),
+    "guessing ahead": Load(
+        lambda stats: 10 < stats.spec_decode_num_accepted_tokens < 0.9 * stats.spec_decode_num_draft_tokens,
+        {"speculation": True, "max_num_seqs": 2},  # only so few may guess several tokens
+        guessing=True,
+    ),
     "aborted neighbours": Load(lambda stats: stats.num_free_blocks == stats.num_blocks, abort_share=0.2),
     "all of it": Load(
         lambda stats: stats.num_preemptions > 0 and stats.prefix_cache_hits > 0,
-        {"max_num_batched_tokens": 24},
+        {"max_num_batched_tokens": 32, "speculation": True},
         small_pool=True,
-        abort_share=0.1,
+        passes=2,
+        abort_share=0.04,
     ),
 }
+
+
+@pytest.fixture(scope="session", params=sorted(MODELS))
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_lively_checkpoint(MODELS[request.param], tmp_path_factory.mktemp(request.param) / "model")
 
 
 @cache
@@ -78,8 +94,10 @@ def answers_alone(folder: Path, precision: str, count: int) -> tuple[list[AddReq
     return requests, run_alone(engine, requests)
 
 
-def check(folder: Path, precision: str, load: Load, count: int) -> None:
+def check(folder: Path, precision: str, load: Load, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     requests, alone = answers_alone(folder, precision, count)
+    if load.guessing:
+        monkeypatch.setattr(PromptLookup, "propose", erring_guesses(requests, alone))
     changes = dict(load.changes)
     if load.small_pool:
         changes["kv_cache_memory"] = cache_bytes(make_engine(folder, precision), SMALL_POOL)
@@ -95,15 +113,19 @@ def check(folder: Path, precision: str, load: Load, count: int) -> None:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("load", LOADS)
-def test_a_request_under_load_is_the_request_alone(checkpoint: Path, load: str, precision: str) -> None:
-    check(checkpoint, precision, LOADS[load], count=COUNT)
+def test_a_request_under_load_is_the_request_alone(
+    checkpoint: Path, load: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check(checkpoint, precision, LOADS[load], COUNT, monkeypatch)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("load", LOADS)
-def test_a_thousand_requests_under_load_are_each_alone(checkpoint: Path, load: str, precision: str) -> None:
-    check(checkpoint, precision, LOADS[load], count=1_000)
+def test_a_thousand_requests_under_load_are_each_alone(
+    checkpoint: Path, load: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check(checkpoint, precision, LOADS[load], 1_000, monkeypatch)
 
 
 def test_the_requests_are_of_every_kind() -> None:
@@ -120,7 +142,7 @@ def test_the_requests_are_of_every_kind() -> None:
 def test_answers_without_any_variety_would_prove_nothing(checkpoint: Path) -> None:
     _, alone = answers_alone(checkpoint, "float32", COUNT)
     assert len({tuple(answer.token_ids) for answer in alone.values()}) > 0.9 * COUNT
-    assert len({token_id for answer in alone.values() for token_id in answer.token_ids}) > 20
+    assert len({token_id for answer in alone.values() for token_id in answer.token_ids}) > 80
     assert {answer.finish_reason for answer in alone.values()} == {"stop", "length"}
 
 
