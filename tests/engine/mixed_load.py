@@ -121,16 +121,17 @@ def run_alone(engine: LLMEngine, requests: Iterable[AddRequest]) -> Answers:
 
 
 def run_under_load(
-    engine: LLMEngine, requests: Iterable[AddRequest], seed: int, *, abort_share: float = 0.0
+    engine: LLMEngine, requests: Iterable[AddRequest], seed: int, *, abort_share: float = 0.0, most: int = 1_000_000
 ) -> Answers:
-    """In random order and bursts, while others run; a share of the requests is aborted at a random moment."""
+    """In random order and bursts, while others run, but never more than `most` at once. With a probability of
+    `abort_share` a step is preceded by the abortion of one of them."""
     rng = random.Random(seed)
     waiting = list(requests)
     rng.shuffle(waiting)
     answers: Answers = {}
     while waiting or engine.has_unfinished:
         for _ in range(rng.choice([0, 0, 1, 2, 9])):
-            if waiting:
+            if waiting and engine.scheduler.num_running + engine.scheduler.num_waiting < most:
                 request = waiting.pop()
                 answers[request.request_id] = Answer()
                 engine.add(request)
