@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from pydantic_core import from_json
+from pydantic import TypeAdapter
 
 from server.admission import served_model, start_generation
 from server.errors import InvalidRequestError
@@ -22,6 +22,7 @@ from server.tokenization import encode_text
 
 # TGI samples a body that has no parameters at all, and is greedy where there are parameters that do not ask to sample.
 _WITHOUT_PARAMETERS = TgiParameters.model_validate({"do_sample": True})
+_JSON: TypeAdapter[object] = TypeAdapter(object)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ def is_tgi_body(raw: bytes) -> bool:
     if b'"inputs"' not in raw:
         return False
     try:
-        body = from_json(raw)
+        body = _JSON.validate_json(raw)
     except ValueError:
         return False  # our own routes say what is wrong with it
     return isinstance(body, dict) and "inputs" in body and "prompt" not in body
