@@ -15,7 +15,7 @@
 
 typedef struct {
     uint32_t *query;
-    float *scores, *sums;
+    float *scores, *sums, *totals;
     void *weights, *output;
     const char **key_tiles, **value_tiles;
 } scratch;
@@ -35,20 +35,21 @@ typedef struct {
     const char *name;
     void (*store_head)(const attention_step *, int64_t, int64_t);
     void (*attend_rows)(const attention_step *, scratch *, int64_t, int64_t, int64_t, int64_t);
+    void (*decode_heads)(const attention_step *, scratch *, int64_t, int64_t, int64_t, int64_t);
 } variant;
 
 static const variant FLOAT32_VARIANTS[] = {
-    {"portable", store_head_f32_base, attend_rows_f32_base},
+    {"portable", store_head_f32_base, attend_rows_f32_base, decode_heads_f32_base},
 #ifdef HAVE_X86_VARIANTS
-    {"avx2", store_head_f32_avx2, attend_rows_f32_avx2},
-    {"avx512", store_head_f32_avx512, attend_rows_f32_avx512},
+    {"avx2", store_head_f32_avx2, attend_rows_f32_avx2, decode_heads_f32_avx2},
+    {"avx512", store_head_f32_avx512, attend_rows_f32_avx512, decode_heads_f32_avx512},
 #endif
 };
 static const variant BFLOAT16_VARIANTS[] = {
-    {"portable", store_head_bf16_base, attend_rows_bf16_base},
+    {"portable", store_head_bf16_base, attend_rows_bf16_base, decode_heads_bf16_base},
 #ifdef HAVE_X86_VARIANTS
-    {"avx2", store_head_bf16_avx2, attend_rows_bf16_avx2},
-    {"avx512_bf16", store_head_bf16_avx512, attend_rows_bf16_avx512},
+    {"avx2", store_head_bf16_avx2, attend_rows_bf16_avx2, decode_heads_bf16_avx2},
+    {"avx512_bf16", store_head_bf16_avx512, attend_rows_bf16_avx512, decode_heads_bf16_avx512},
 #endif
 };
 static const variant *variants[2] = {FLOAT32_VARIANTS, BFLOAT16_VARIANTS}; /* by element type */
@@ -106,18 +107,20 @@ void *quill_arena(size_t size) {
     return arena;
 }
 
-static int make_scratch(const attention_step *p, int64_t max_tiles, scratch *s) {
+/* Room for `heads` kv heads at a time. */
+static int make_scratch(const attention_step *p, int64_t max_tiles, int64_t heads, scratch *s) {
     const size_t tokens = (size_t)max_tiles * TILE, padded = (size_t)padded_dim(p->head_dim);
-    const size_t need = MAX_ROWS * (padded * 12 + tokens * 8) + (size_t)(max_tiles + MAX_GROUP) * 16 + 64 * 16;
-    char *at = quill_arena(need);
+    const size_t rows = MAX_ROWS * (size_t)heads, tiles = (size_t)(max_tiles + MAX_GROUP) * (size_t)heads;
+    char *at = quill_arena(rows * (padded * 12 + tokens * 8 + 4) + tiles * 16 + 64 * 16);
     if (!at) return 0;
-    s->query = take(&at, MAX_ROWS * padded * 4);
-    s->scores = take(&at, MAX_ROWS * tokens * 4);
-    s->weights = take(&at, MAX_ROWS * tokens * 4);
-    s->sums = take(&at, MAX_ROWS * padded * 4);
-    s->output = take(&at, MAX_ROWS * padded * 4);
-    s->key_tiles = take(&at, (size_t)(max_tiles + MAX_GROUP) * 8);
-    s->value_tiles = take(&at, (size_t)(max_tiles + MAX_GROUP) * 8);
+    s->query = take(&at, rows * padded * 4);
+    s->scores = take(&at, rows * tokens * 4);
+    s->weights = take(&at, rows * tokens * 4);
+    s->sums = take(&at, rows * padded * 4);
+    s->totals = take(&at, rows * 4);
+    s->output = take(&at, rows * padded * 4);
+    s->key_tiles = take(&at, tiles * 8);
+    s->value_tiles = take(&at, tiles * 8);
     return 1;
 }
 
@@ -138,6 +141,12 @@ int quill_plan_attention(const attention_step *p, int num_threads, attention_pla
     }
     /* With plenty of heads each unit stores and attends in one pass; otherwise, all must be stored before the rows of
      * one head are shared out. */
+    plan->heads_each = 1;
+    if (plan->max_row_groups <= 1 && p->num_seqs > 0) {
+        /* Nothing but next tokens: as many heads at a time as leave every thread some units. */
+        const int64_t parts = (4 * (int64_t)num_threads + p->num_seqs - 1) / p->num_seqs;
+        plan->heads_each = parts < p->num_kv_heads ? (p->num_kv_heads + parts - 1) / parts : 1;
+    }
     plan->needs_two_passes = p->num_seqs * p->num_kv_heads < 4 * (int64_t)num_threads && plan->max_row_groups > 1;
     return 0;
 }
@@ -148,22 +157,35 @@ static void attend_group(const attention_step *p, scratch *s, int64_t seq, int64
     if (left > 0) kernel->attend_rows(p, s, seq, kv_head, row, left < MAX_ROWS ? left : MAX_ROWS);
 }
 
-/* One unit is a sequence and kv head; in the pass that only attends, a group of its rows. */
+static void attend_sequence(const attention_step *p, scratch *s, int64_t seq, int64_t first_head, int64_t heads) {
+    const variant *kernel = variants[p->is_bfloat16 ? BFLOAT16 : FLOAT32];
+    const int64_t group = p->num_heads / p->num_kv_heads;
+    if (group <= MAX_ROWS && num_rows(p, seq) == group) {
+        kernel->decode_heads(p, s, seq, first_head, heads, group);
+        return;
+    }
+    for (int64_t head = first_head; head < first_head + heads; head++)
+        for (int64_t row = 0; row < num_rows(p, seq); row += MAX_ROWS) attend_group(p, s, seq, head, row);
+}
+
+/* One unit is a sequence and some of its kv heads; in the pass that only attends, a group of one head's rows. */
 int quill_attention_pass(const attention_step *p, const attention_plan *plan, int pass, atomic_llong *next) {
     const variant *kernel = variants[p->is_bfloat16 ? BFLOAT16 : FLOAT32];
-    const int64_t parts = pass == ATTEND ? plan->max_row_groups : 1;
-    const int64_t units = p->num_seqs * p->num_kv_heads * parts;
+    const int64_t each = pass == ATTEND ? 1 : plan->heads_each, parts = pass == ATTEND ? plan->max_row_groups : 1;
+    const int64_t ranges = (p->num_kv_heads + each - 1) / each, units = p->num_seqs * ranges * parts;
     scratch s;
-    if (!make_scratch(p, plan->max_tiles, &s)) return -1;
+    if (!make_scratch(p, plan->max_tiles, each, &s)) return -1;
     for (;;) {
         const int64_t unit = atomic_fetch_add(next, 1);
         if (unit >= units) return 0;
-        const int64_t seq = unit / parts / p->num_kv_heads, kv_head = unit / parts % p->num_kv_heads;
-        if (pass != ATTEND) kernel->store_head(p, seq, kv_head);
-        if (pass == ATTEND)
-            attend_group(p, &s, seq, kv_head, unit % parts * MAX_ROWS);
-        else if (pass == STORE_AND_ATTEND)
-            for (int64_t row = 0; row < num_rows(p, seq); row += MAX_ROWS) attend_group(p, &s, seq, kv_head, row);
+        const int64_t seq = unit / parts / ranges, head = unit / parts % ranges * each;
+        const int64_t left = p->num_kv_heads - head, heads = left < each ? left : each;
+        if (pass == ATTEND) {
+            attend_group(p, &s, seq, head, unit % parts * MAX_ROWS);
+            continue;
+        }
+        for (int64_t i = head; i < head + heads; i++) kernel->store_head(p, seq, i);
+        if (pass == STORE_AND_ATTEND) attend_sequence(p, &s, seq, head, heads);
     }
 }
 

@@ -19,7 +19,7 @@ typedef struct {
 
 /* What several threads do in one or two passes, between which all must have finished. */
 typedef struct {
-    int64_t max_tiles, max_row_groups;
+    int64_t max_tiles, max_row_groups, heads_each;
     int needs_two_passes;
 } attention_plan;
 

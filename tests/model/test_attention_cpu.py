@@ -257,7 +257,7 @@ def test_without_an_openmp_runtime_one_thread_does_it_all() -> None:
     library = load_kernels()
     assert library is not None
     torch.set_num_threads(3)
-    library.quill_init(None, len(INSTRUCTION_SETS) - 1)
+    library.quill_init(None, None, len(INSTRUCTION_SETS) - 1)
     try:
         assert_same_bits(run(shape, qkv, at_once(qkv)), expected)
     finally:
