@@ -22,6 +22,7 @@ from server.errors import (
     request_failed_error,
 )
 from server.interruption import Interruption
+from server.metrics import FinishedSequence
 from server.prompts import LONG_TEXT
 from server.schemas.classify import ClassifyRequest
 from server.services import Services
@@ -140,6 +141,7 @@ class Classification:
                 break
             self._num_finished += 1
             seconds = time.monotonic() - self._arrival
-            self._metrics.observe_finish("stop", len(self._token_ids[number]), 0, seconds, output.timings)
+            ended = FinishedSequence("stop", len(self._token_ids[number]), 0, seconds, output.timings)
+            self._metrics.observe_finish(ended)
             return output.scores
         raise EngineRequestError("the engine gave up on the request")

@@ -14,7 +14,7 @@ from server.engine.interface import EngineClient, EngineRequestError, RequestStr
 from server.engine.messages import RequestTimings, SequenceOutput
 from server.errors import ApiError, ClientGoneError, engine_down_error, request_failed_error
 from server.lifecycle import Lifecycle
-from server.metrics import Metrics
+from server.metrics import FinishedSequence, Metrics
 from server.output import ChoiceDelta, ChoiceOutput, Usage, join_deltas
 from server.prompts import Prompt
 from server.seeds import choice_seed
@@ -90,6 +90,7 @@ class Generation:
             if self._interrupted:
                 raise self._error or ClientGoneError()
             await self._pump_all(emit)
+            self._observe_requests()
         except asyncio.CancelledError:
             if not self._interrupted or self._task is None:
                 raise
@@ -150,6 +151,13 @@ class Generation:
         except ExceptionGroup as group_error:
             raise group_error.exceptions[0] from None
 
+    def _observe_requests(self) -> None:
+        first = 0
+        for prompt in self.prompts:
+            choices = self.choices[first : first + prompt.n]
+            self._metrics.observe_request(prompt.n, max(choice.num_tokens for choice in choices))
+            first += prompt.n
+
     async def _pump(self, index: int, emit: Emit) -> None:
         choice, last = self.choices[index], self._arrival
         if self._prompt_of[index].echo:
@@ -173,10 +181,15 @@ class Generation:
 
     def _finish(self, choice: ChoiceOutput, output: SequenceOutput) -> None:
         self.timings[choice.index] = output.timings
+        prompt = self._prompt_of[choice.index]
         self._metrics.observe_finish(
-            choice.finish_reason or "error",
-            len(self._prompt_of[choice.index].token_ids),
-            choice.num_tokens,
-            time.monotonic() - self._arrival,
-            output.timings,
+            FinishedSequence(
+                reason=choice.finish_reason or "error",
+                prompt_tokens=len(prompt.token_ids),
+                generated_tokens=choice.num_tokens,
+                seconds=time.monotonic() - self._arrival,
+                timings=output.timings,
+                cached_tokens=choice.cached_tokens,
+                max_tokens=prompt.params.max_tokens,
+            )
         )

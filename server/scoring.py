@@ -16,6 +16,7 @@ from server.engine.interface import EngineRequestError, EngineUnavailableError, 
 from server.engine.messages import EngineInfo
 from server.errors import ApiError, ClientGoneError, engine_down_error, request_failed_error
 from server.interruption import Interruption
+from server.metrics import FinishedSequence
 from server.schemas.score import ScoreRequest
 from server.score_texts import ScoredText, read_texts, window_stride
 from server.services import Services
@@ -140,7 +141,8 @@ class Scoring:
             if output.finish_reason == "length" and position == end:
                 del self._streams[stream.request_id]
                 seconds = time.monotonic() - self._arrival
-                self._metrics.observe_finish("length", window.length, 0, seconds, output.timings)
+                ended = FinishedSequence("length", window.length, 0, seconds, output.timings, output.cached_tokens)
+                self._metrics.observe_finish(ended)
                 return
             if output.finish_reason is not None:
                 break
