@@ -109,11 +109,13 @@ def _invert(weights: Tensor, uniform: Tensor) -> Tensor:
 def argmax(scores: Tensor) -> Tensor:
     """Lowest id of each row's maximum: [B, V] of any float type → int64 [B].
 
-    On the CPU `argmax` is slow against `amax`, most of all in bfloat16, so wide batches look for the first best
-    block and then inside it. Both ways return the first maximum, as torch promises for argmax and max.
+    On the CPU torch's `argmax` is slow against `amax`, most of all in bfloat16: few rows go through numpy, and wide
+    batches look for the first best block and then inside it. All ways return the first maximum, or the first NaN.
     """
     rows, width = scores.shape
     whole = width // _ARGMAX_BLOCK
+    if scores.device.type == "cpu" and scores.dtype == torch.float32 and rows <= _FEW_ROWS:
+        return torch.from_numpy(scores.numpy().argmax(axis=-1))
     if scores.is_cuda or rows < 4 or whole < 4:
         return scores.max(dim=-1).indices
     best = scores[:, : whole * _ARGMAX_BLOCK].unflatten(-1, (whole, _ARGMAX_BLOCK)).amax(dim=-1)
@@ -128,3 +130,4 @@ def argmax(scores: Tensor) -> Tensor:
 
 
 _ARGMAX_BLOCK = 512
+_FEW_ROWS = 8

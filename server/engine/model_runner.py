@@ -83,7 +83,13 @@ class ModelRunner:
             device=self.device,
         )
         max_blocks = -(-self.limits.max_model_len // self.limits.block_size)
-        self._inputs = InputBuilder(self.limits.max_num_seqs, max_blocks, self.limits.block_size, self.device)
+        self._inputs = InputBuilder(
+            self.limits.max_num_seqs,
+            max_blocks,
+            self.limits.block_size,
+            self.device,
+            needs_slots=self._decoder is None,
+        )
         self._scorer = PromptScorer(self.model_config.vocab_size, self.device)
         self._sampling: SamplingBatch | None = None
         self._sampling_key: list[int] = []

@@ -40,11 +40,18 @@ class StepInputs:
     score: ScoreInputs | None = None
 
 
+_NO_SLOTS = np.empty(0, dtype=np.int64)
+
+
 class InputBuilder:
     """Builds each step's inputs; block tables are kept between steps and only extended while the batch stays."""
 
-    def __init__(self, max_num_seqs: int, max_blocks: int, block_size: int, device: torch.device) -> None:
+    def __init__(
+        self, max_num_seqs: int, max_blocks: int, block_size: int, device: torch.device, *, needs_slots: bool = True
+    ) -> None:
+        """Without `needs_slots`, the slot mapping is left empty and no padding is added."""
         self.block_size = block_size
+        self._needs_slots = needs_slots
         self._transfer = None if device.type == "cpu" else HostToDevice(device)
         self._tables = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
         self._known: list[tuple[int, int, int]] = []
@@ -60,7 +67,7 @@ class InputBuilder:
             tokens += seq.draft
             positions += range(start, start + count)
         num_tokens = len(tokens)
-        padding = max(0, MIN_ROWS - num_tokens)
+        padding = max(0, MIN_ROWS - num_tokens) if self._needs_slots else 0
         context_lens = [seq.num_computed_tokens + count for seq, count in zip(sequences, counts, strict=True)]
         ends = np.cumsum([0, *counts], dtype=np.int32)
         positions_array = np.array(positions + [0] * padding, dtype=np.int64)
@@ -75,7 +82,7 @@ class InputBuilder:
         arrays = [
             np.array(tokens + [0] * padding, dtype=np.int64),
             positions_array,
-            self._slots(positions_array, counts, tables, padding),
+            self._slots(positions_array, counts, tables, padding) if self._needs_slots else _NO_SLOTS,
             sample_rows.astype(np.int64),
             generated,
             ends,
