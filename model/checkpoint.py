@@ -48,6 +48,8 @@ from model.manifest import (
     verify_files,
     weight_files,
 )
+from model.reference_logits import make_self_check
+from model.self_check import SelfCheck
 from model.transformer import Transformer
 
 __all__ = ["Manifest", "Provenance", "load_config", "load_model", "read_manifest", "save_model", "save_state_dict"]
@@ -247,9 +249,15 @@ def save_state_dict(
     exported = export_config(config, vocab_size)
     config_json = config_to_hf(exported, str(dtype).removeprefix("torch."))
     files = {CONFIG_FILE: config_json, GENERATION_CONFIG_FILE: _generation_config(config_json)}
+
+    def self_check() -> SelfCheck | None:
+        with without_weights():
+            model = Transformer(config)
+        return make_self_check(model, state, dtype=dtype, vocab_size=exported.vocab_size)
+
     return write_checkpoint(
         folder, files, lambda: dict(to_hf(config, exported, state, dtype)), tokenizer=tokenizer,
-        provenance=provenance, max_shard_bytes=max_shard_bytes,
+        provenance=provenance, max_shard_bytes=max_shard_bytes, self_check=self_check,
     )  # fmt: skip
 
 
@@ -261,10 +269,12 @@ def write_checkpoint(
     tokenizer: SavableTokenizer | None,
     provenance: Provenance | None,
     max_shard_bytes: int,
+    self_check: Callable[[], SelfCheck | None] = lambda: None,
 ) -> Manifest:
     """A folder of JSON `files`, weights under their names in the file, the tokenizer and the manifest of them all.
 
-    It appears whole or not at all. Raises what `tensors` raises, and CheckpointError as `save_state_dict` does.
+    It appears whole or not at all. `self_check` is asked once `tensors` has let the weights pass, and what these took
+    is free again. Raises what `tensors` raises, and CheckpointError as `save_state_dict` does.
     """
     written: list[Manifest] = []
 
@@ -274,7 +284,7 @@ def write_checkpoint(
         _write_weights(target, tensors(), max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save(target)
-        written.append(make_manifest(target, provenance))
+        written.append(make_manifest(target, provenance, self_check()))
         (target / MANIFEST_FILE).write_text(manifest_json(written[0]))
 
     replace_folder(Path(folder), write, marker=CONFIG_FILE)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from model.errors import CheckpointError
 from model.json_file import JsonFields, read_json_object
+from model.self_check import SelfCheck, self_check_from_json
 
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -41,12 +42,14 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """`files` maps file names to sha256 in hex; `weights` is the digest of `weights_digest`; `created` is ISO 8601."""
+    """`files` maps file names to sha256 in hex; `weights` is the digest of `weights_digest`; `created` is ISO 8601.
+    `self_check` has logits by which an engine can tell that it computes this model; folders of others have none."""
 
     files: Mapping[str, str]
     weights: str
     created: str
     provenance: Provenance = field(default_factory=Provenance)
+    self_check: SelfCheck | None = None
 
     def describe(self) -> dict[str, object]:
         """Weights digest, time and training facts as plain values, without what is unknown."""
@@ -74,19 +77,22 @@ def read_manifest(folder: str | Path) -> Manifest | None:
         bits_per_byte=fields.optional_number("bits_per_byte"),
         parent=fields.optional_string("parent"),
     )
-    return Manifest(files, fields.string("weights"), fields.string("created"), provenance)
+    check = self_check_from_json(fields, MANIFEST_FILE)
+    return Manifest(files, fields.string("weights"), fields.string("created"), provenance, check)
 
 
-def make_manifest(folder: Path, provenance: Provenance | None) -> Manifest:
+def make_manifest(folder: Path, provenance: Provenance | None, self_check: SelfCheck | None = None) -> Manifest:
     """A manifest of the files that lie in the folder now."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != MANIFEST_FILE)
     files = hash_files(folder, names)
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    return Manifest(files, _combine(files, weight_files(folder)), created, provenance or Provenance())
+    return Manifest(files, _combine(files, weight_files(folder)), created, provenance or Provenance(), self_check)
 
 
 def manifest_json(manifest: Manifest) -> str:
     content = {"version": _VERSION, **manifest.describe(), "files": dict(manifest.files)}
+    if manifest.self_check is not None:
+        content["self_check"] = manifest.self_check.values()
     return json.dumps(content, indent=2) + "\n"
 
 

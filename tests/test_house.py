@@ -48,6 +48,7 @@ TORCH_FREE = (
     "model.hub",
     "model.manifest",
     "model.presets",
+    "model.self_check",
     "server.engine.sequence",
     "server.engine.block_manager",
     "server.engine.scheduler",
