@@ -31,6 +31,7 @@ from server.engine.messages import (
 from server.engine.model_runner import ModelRunner, RunOutput
 from server.engine.scheduler import ScheduledBatch, Scheduler
 from server.engine.sequence import InvalidSequenceError, Sequence
+from server.engine.self_check import run_self_check
 
 logger = logging.getLogger(__name__)
 
@@ -200,12 +201,14 @@ class LLMEngine:
             provenance={"weights": digest} if manifest is None else manifest.describe(),
         )
         return EngineInfo(
+        expected = None if manifest is None else manifest.self_check
             models=[model],
             device=runner.device.type,
             device_name=runner.device_name,
             dtype=str(runner.dtype).removeprefix("torch."),
             attention_backend=runner.backend.name,
             block_size=limits.block_size,
+            self_check=run_self_check(runner, expected, self.config.quantization),
             num_blocks=limits.num_blocks,
             max_num_seqs=limits.max_num_seqs,
             max_num_batched_tokens=limits.max_num_batched_tokens,

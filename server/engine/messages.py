@@ -14,6 +14,18 @@ GENERATION, CLASSIFICATION = "generation", "classification"
 """What a model is served for."""
 YES, NO, UNCHECKED = "yes", "no", "unchecked"
 """Whether tokens are known not to depend on what else the engine runs: see server/engine/invariance.py."""
+PASSED, FAILED = "passed", "failed"
+"""What the check of a loaded model came to, beside UNCHECKED: see server/engine/self_check.py."""
+
+
+class Explain(msgspec.Struct, frozen=True, array_like=True):
+    """Which distributions to take apart: those behind the tokens of a prompt that are scored. The first
+    `num_prompt_tokens` of it were the prompt once, and the others were drawn after it with `params`. `num_top` is how
+    many alternatives to tell of."""
+
+    params: SamplingParams
+    num_prompt_tokens: int
+    num_top: int
 
 
 class AddRequest(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -143,3 +155,14 @@ class EngineFault(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 EngineInput = AddRequest | AbortRequests | Shutdown
 EngineOutput = EngineInfo | StepOutput | EngineFault
+class SelfCheckResult(msgspec.Struct, frozen=True):
+    """Whether the model's logits here are those that were stored with its weights: passed, failed, or unchecked for
+    want of stored ones. `error` and `tolerance` are those of `model.self_check`; `reason` is a sentence."""
+
+    status: str = UNCHECKED
+    error: float | None = None
+    tolerance: float | None = None
+    reason: str | None = None
+
+
+    self_check: SelfCheckResult = SelfCheckResult()
