@@ -75,6 +75,9 @@ class EngineSettings(BaseSettings):
     num_threads: int | None = Field(
         None, ge=1, le=1024, description="threads on the CPU; default: by the model and the cores"
     )
+    max_model_len: int | None = Field(
+        None, ge=1, description="tokens of a request, prompt and answer; default: the model's context"
+    )
     max_num_seqs: int | None = Field(None, ge=1, le=16_384, description="sequences that run at once")
     max_num_batched_tokens: int | None = Field(None, ge=1, le=1 << 22, description="tokens in one step")
     kv_cache_memory: Size | None = Field(None, description="memory for the KV cache, such as 2GiB")
@@ -105,6 +108,7 @@ class EngineSettings(BaseSettings):
             device=self.device,
             dtype=self.dtype,
             quantization=self.quantization,
+            max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
             kv_cache_memory=self.kv_cache_memory,

@@ -88,9 +88,13 @@ def _quota() -> int:
 def resolve_limits(config: EngineConfig, model: ModelConfig, device: torch.device, block_bytes: int) -> EngineLimits:
     """Sizes for this model; `block_bytes` is what one block takes over all layers.
 
-    Raises ConfigError if the stated cache memory cannot hold one full context.
+    Raises ConfigError if the stated cache memory cannot hold one full context, or if that is to be longer than the
+    model's.
     """
-    needed = -(-model.max_seq_len // config.block_size)
+    max_model_len = model.max_seq_len if config.max_model_len is None else config.max_model_len
+    if max_model_len > model.max_seq_len:
+        raise ConfigError(f"max_model_len must be at most {model.max_seq_len}, this model's context")
+    needed = -(-max_model_len // config.block_size)
     if config.kv_cache_memory is None:
         wanted = _CONTEXTS * needed
         num_blocks = max(needed, min(wanted, _affordable_memory(device) // block_bytes))
@@ -98,12 +102,12 @@ def resolve_limits(config: EngineConfig, model: ModelConfig, device: torch.devic
         num_blocks = config.kv_cache_memory // block_bytes
         if num_blocks < needed:
             least = -(-needed * block_bytes // 2**20)
-            raise ConfigError(f"kv_cache_memory must be at least {least}MiB to hold one context of this model")
+            raise ConfigError(f"kv_cache_memory must be at least {least}MiB to hold one context of this model; or lower max_model_len")
     max_num_seqs, max_num_batched_tokens = resolve_batch(config, device)
     return EngineLimits(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
-        max_model_len=model.max_seq_len,
+        max_model_len=max_model_len,
         block_size=config.block_size,
         num_blocks=num_blocks,
     )

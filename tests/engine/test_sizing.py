@@ -131,6 +131,13 @@ def test_stated_memory_is_filled_with_whole_blocks_and_never_exceeded() -> None:
     assert limits(config).num_blocks == (10 * MIB + 999) // 1000
 
 
+def test_a_shorter_context_needs_fewer_blocks() -> None:
+    short = limits(replace(CONFIG, max_model_len=40))
+    assert (short.max_model_len, short.num_blocks) == (40, 64 * 3)
+    with pytest.raises(ConfigError, match="max_model_len must be at most 100"):
+        limits(replace(CONFIG, max_model_len=101))
+
+
 @pytest.mark.parametrize("block_bytes", [1000, 123_457, MIB, 3 * MIB + 1])
 def test_the_least_memory_that_the_refusal_names_is_enough(block_bytes: int) -> None:
     with pytest.raises(ConfigError, match="kv_cache_memory must be at least") as refusal:
