@@ -11,6 +11,7 @@ class EngineConfig:
 
     `kv_cache_memory` is in bytes; `num_threads` is torch's intra-op thread count;
     `deterministic` refuses to run where tokens would depend on what else runs; on CUDA it costs speed to make them not.
+    `trace_requests` counts what each request meets (RequestTrace), for a server that keeps a history;
     `speculation` lets sequences guess their next tokens from their own text, where that costs little;
     `cuda_graphs` lets decode steps on CUDA replay captured graphs, at the price of some memory and start-up time.
     """
@@ -20,6 +21,7 @@ class EngineConfig:
     device: str = "auto"
     dtype: str = "auto"
     quantization: str = "none"
+    max_model_len: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     kv_cache_memory: int | None = None
@@ -30,3 +32,4 @@ class EngineConfig:
     cuda_graphs: bool = True
     speculation: bool = True
     deterministic: bool = False
+    trace_requests: bool = False

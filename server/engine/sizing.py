@@ -102,7 +102,9 @@ def resolve_limits(config: EngineConfig, model: ModelConfig, device: torch.devic
         num_blocks = config.kv_cache_memory // block_bytes
         if num_blocks < needed:
             least = -(-needed * block_bytes // 2**20)
-            raise ConfigError(f"kv_cache_memory must be at least {least}MiB to hold one context of this model; or lower max_model_len")
+            raise ConfigError(
+                f"kv_cache_memory must be at least {least}MiB to hold one context of this model; or lower max_model_len"
+            )
     max_num_seqs, max_num_batched_tokens = resolve_batch(config, device)
     return EngineLimits(
         max_num_seqs=max_num_seqs,
