@@ -41,7 +41,12 @@ async def _serve(settings: Settings, keys: ApiKeys, listener: socket.socket) -> 
     from server.lifecycle import Signals
 
     signals = Signals()
-    engine = AsyncEngine(settings.engine_config(), settings.max_queued_requests)
+    engine = AsyncEngine(
+        settings.engine_config(),
+        settings.max_queued_requests,
+        log_level=settings.log_level,
+        log_format=settings.log_format,
+    )
     await engine.start()
     from server.serve import allow_many_connections, serve
 

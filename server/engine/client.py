@@ -115,7 +115,10 @@ class AsyncEngine(asyncio.Protocol):
     At most `max_queued_requests` sequences wait beyond the `max_num_seqs` that run.
     """
 
-    def __init__(self, config: EngineConfig, max_queued_requests: int) -> None:
+    def __init__(
+        self, config: EngineConfig, max_queued_requests: int, *, log_level: str = "warning", log_format: str = "text"
+    ) -> None:
+        self._log_options = (log_level, log_format)
         self.on_step: Callable[[int], None] | None = None
         self._config = config
         self._max_queued = max_queued_requests
@@ -162,7 +165,7 @@ class AsyncEngine(asyncio.Protocol):
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "server.engine.process", str(theirs.fileno())],
+                [sys.executable, "-m", "server.engine.process", str(theirs.fileno()), *self._log_options],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 env=engine_environment(os.environ),

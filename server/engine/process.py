@@ -1,7 +1,7 @@
-"""The engine's own process, the only one that touches the device: `python -m server.engine.process FD`.
+"""The engine's own process, the only one that touches the device: `python -m server.engine.process FD LEVEL FORMAT`.
 
 It reads its EngineConfig from the socket FD, answers with EngineInfo (or EngineFault), then takes requests and sends
-one message per step. It ends when the other side does.
+one message per step. It ends when the other side does. LEVEL and FORMAT are those of `server.logs`.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from server.engine.messages import (
     Shutdown,
     StepOutput,
 )
+from server.logs import setup_logging
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("server.engine")
 Engine = LLMEngine | ClassificationEngine
 
 # An idle engine still says that it lives this often, in seconds.
@@ -144,5 +145,5 @@ def _first_message(channel: SocketChannel) -> bytes:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s engine: %(message)s")
+    setup_logging(*sys.argv[2:])
     sys.exit(main(int(sys.argv[1])))
