@@ -12,7 +12,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from typing import cast
+from typing import TypeVar, cast
 
 import msgspec
 
@@ -28,11 +28,14 @@ from server.engine.messages import (
     EngineInfo,
     EngineOutput,
     EngineStats,
+    Explain,
     SequenceOutput,
     Shutdown,
     StepOutput,
-    TokenLogprobs,
 )
+from server.engine.waiting_room import WaitingRoom
+
+Entry = TypeVar("Entry")
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(EngineOutput)
@@ -47,8 +50,10 @@ _RATE_WINDOW = 64
 class EngineStream:
     """One request's outputs; see RequestStream. Iterated by one consumer."""
 
-    def __init__(self, engine: AsyncEngine, request_id: int) -> None:
+    def __init__(self, engine: AsyncEngine, request_id: int, pool: int, num_tokens: int) -> None:
         self.request_id = request_id
+        self.pool = pool
+        self.num_tokens = num_tokens
         self._engine = engine
         self._pending: SequenceOutput | None = None
         self._error: EngineRequestError | None = None
@@ -99,29 +104,38 @@ class EngineStream:
 def _merge(first: SequenceOutput, second: SequenceOutput) -> SequenceOutput:
     return msgspec.structs.replace(
         second,
+        timings=second.timings or first.timings,
+        explained=_join(first.explained, second.explained),
         token_ids=[*first.token_ids, *second.token_ids],
         logprobs=_join(first.logprobs, second.logprobs),
         prompt_logprobs=_join(first.prompt_logprobs, second.prompt_logprobs),
     )
 
 
-def _join(first: list[TokenLogprobs] | None, second: list[TokenLogprobs] | None) -> list[TokenLogprobs] | None:
+def _join(first: list[Entry] | None, second: list[Entry] | None) -> list[Entry] | None:
     return second if first is None else [*first, *(second or ())]
 
 
 class AsyncEngine(asyncio.Protocol):
     """Starts the engine's process and speaks with it; implements EngineClient.
 
-    At most `max_queued_requests` sequences wait beyond the `max_num_seqs` that run.
+    At most `max_queued_requests` sequences wait beyond the `max_num_seqs` that run, and at most `max_queued_tokens`
+    tokens (None: any number) for their first output, as WaitingRoom says.
     """
 
     def __init__(
-        self, config: EngineConfig, max_queued_requests: int, *, log_level: str = "warning", log_format: str = "text"
+        self,
+        config: EngineConfig,
+        max_queued_requests: int,
+        max_queued_tokens: int | None = None,
+        *,
+        log_level: str = "warning",
+        log_format: str = "text",
     ) -> None:
         self._log_options = (log_level, log_format)
         self.on_step: Callable[[int], None] | None = None
         self._config = config
-        self._max_queued = max_queued_requests
+        self._room = WaitingRoom(max_queued_requests, max_queued_tokens)
         self._state: EngineState = "loading"
         self._fault: str | None = None
         self._info: EngineInfo | None = None
@@ -188,28 +202,32 @@ class AsyncEngine(asyncio.Protocol):
         *,
         prompt_logprobs: int | None = None,
         prompt_logprobs_start: int = 1,
+        pool: int = 0,
+        explain: Explain | None = None,
     ) -> EngineStream:
-        self.check_admission(1)
+        num_tokens = len(prompt_token_ids) + params.max_tokens
+        self.check_admission(1, num_tokens, pool)
         if not self._num_queued(1):
             self._finish_times.clear()  # with seats to spare, requests end as rarely as they come
         now = time.monotonic()
-        if deadline is not None and now + self._queue_seconds(1) > deadline:
-            raise QueueFullError(self._retry_after())
-        request_id = self._next_id
+        if deadline is not None and now + self._queue_seconds(pool) > deadline:
+            raise QueueFullError(self._retry_after(pool))
+        stream = EngineStream(self, self._next_id, pool, num_tokens)
         self._next_id += 1
-        stream = EngineStream(self, request_id)
-        self._streams[request_id] = stream
+        self._streams[stream.request_id] = stream
+        self._room.enter(pool, num_tokens)
         request = AddRequest(
-            request_id, prompt_token_ids, params, now, deadline, prompt_logprobs, prompt_logprobs_start
-        )
+            stream.request_id, prompt_token_ids, params, now, deadline,
+            prompt_logprobs=prompt_logprobs, prompt_logprobs_start=prompt_logprobs_start, pool=pool, explain=explain,
+        )  # fmt: skip
         self._send(_encoder.encode(request))
         return stream
 
-    def check_admission(self, num_sequences: int) -> None:
+    def check_admission(self, num_sequences: int, num_tokens: int = 0, pool: int = 0) -> None:
         if self._state != "ready":
             raise EngineUnavailableError(self._fault or "the engine is loading", _LOADING_RETRY_SECONDS)
-        if self._num_queued(num_sequences) > self._max_queued:
-            raise QueueFullError(self._retry_after())
+        if not self._room.admits(pool, num_sequences, num_tokens, self._num_queued(num_sequences)):
+            raise QueueFullError(self._retry_after(pool))
 
     def abort(self, request_id: int) -> None:
         stream = self._streams.pop(request_id, None)
@@ -217,6 +235,8 @@ class AsyncEngine(asyncio.Protocol):
             return
         if stream.has_run:  # a stop string or a client that left: a seat is free as after any other end
             self._finish_times.append(time.monotonic())
+        else:
+            self._room.leave(stream.pool, stream.num_tokens)
         self._send(_encoder.encode(AbortRequests([request_id])))
 
     async def close(self) -> None:
@@ -277,6 +297,8 @@ class AsyncEngine(asyncio.Protocol):
             stream = self._streams.get(output.request_id)
             if stream is None:
                 continue
+            if not stream.has_run:
+                self._room.leave(stream.pool, stream.num_tokens)
             if output.finish_reason is not None:
                 del self._streams[output.request_id]
                 self._finish_times.append(self._last_heard)
@@ -288,6 +310,7 @@ class AsyncEngine(asyncio.Protocol):
         self._state = "dead"
         self._fault = reason
         streams, self._streams = self._streams, {}
+        self._room.clear()
         for stream in streams.values():
             stream.fail(EngineRequestError("the engine is down"))
         self._ready.set()
@@ -301,13 +324,13 @@ class AsyncEngine(asyncio.Protocol):
         seats = 0 if self._info is None else self._info.max_num_seqs
         return max(0, len(self._streams) + more - seats)
 
-    def _queue_seconds(self, more: int = 0) -> float:
+    def _queue_seconds(self, pool: int) -> float:
         """How long a new request would wait for its turn, by the rate at which others end while there is a queue."""
         times = self._finish_times
-        queued = self._num_queued(more)
+        queued = self._room.num_ahead(pool, self._num_queued(1))
         if queued == 0 or len(times) < 2 or times[-1] <= times[0]:
             return 0.0
         return queued * (times[-1] - times[0]) / (len(times) - 1)
 
-    def _retry_after(self) -> int:
-        return min(_MAX_RETRY_SECONDS, max(1, math.ceil(self._queue_seconds(1))))
+    def _retry_after(self, pool: int) -> int:
+        return min(_MAX_RETRY_SECONDS, max(1, math.ceil(self._queue_seconds(pool))))

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Literal, Protocol
 
 from model.sampling_params import SamplingParams
-from server.engine.messages import EngineInfo, EngineStats, SequenceOutput
+from server.engine.messages import EngineInfo, EngineStats, Explain, SequenceOutput
 
 EngineState = Literal["loading", "ready", "dead"]
 
@@ -90,6 +90,8 @@ class EngineClient(Protocol):
         *,
         prompt_logprobs: int | None = None,
         prompt_logprobs_start: int = 1,
+        pool: int = 0,
+        explain: Explain | None = None,
     ) -> RequestStream:
         """Hand a request to the engine; never waits. The prompt must fit the context together with max_tokens.
 
@@ -98,12 +100,16 @@ class EngineClient(Protocol):
         outputs' `prompt_logprobs`. With `max_tokens` 0 nothing is generated: the prompt may then have one token more
         than the context, and the last output has no token and finish_reason "length".
 
+        `pool` is a number for whose request it is: pools take turns at what waits (server/engine/fair_queue.py).
+        `explain`, with these log-probabilities and `max_tokens` 0, takes the tokens' distributions apart.
+
         Raises EngineUnavailableError or QueueFullError.
         """
         ...
 
-    def check_admission(self, num_sequences: int) -> None:
-        """Raise what `submit` would raise for that many sequences at once; changes nothing."""
+    def check_admission(self, num_sequences: int, num_tokens: int = 0, pool: int = 0) -> None:
+        """Raise what `submit` would raise for that many sequences at once; changes nothing. `num_tokens` is the most
+        that they may come to together, prompts and answers."""
         ...
 
     async def close(self) -> None:

@@ -24,14 +24,15 @@ from server.engine.messages import (
     EngineStats,
     ModelInfo,
     RequestTimings,
+    RequestTrace,
     SequenceOutput,
     StepOutput,
     TokenLogprobs,
 )
 from server.engine.model_runner import ModelRunner, RunOutput
 from server.engine.scheduler import ScheduledBatch, Scheduler
-from server.engine.sequence import InvalidSequenceError, Sequence
 from server.engine.self_check import run_self_check
+from server.engine.sequence import InvalidSequenceError, Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -76,19 +77,21 @@ class LLMEngine:
             raise InvalidSequenceError(f"prompt holds a token id outside 0 … {vocab_size - 1}")
         if any(not 0 <= token_id < vocab_size for token_id in request.params.logit_bias):
             raise InvalidSequenceError(f"logit_bias holds a token id outside 0 … {vocab_size - 1}")
-        self.scheduler.add(
-            Sequence(
-                request.request_id,
-                ids,
-                request.params,
-                self.runner.model_config.eos_token_ids,
-                self.scheduler.max_model_len,
-                request.arrival_time,
-                request.deadline,
-                request.prompt_logprobs,
-                request.prompt_logprobs_start,
-            )
+        seq = Sequence(
+            request.request_id,
+            ids,
+            request.params,
+            self.runner.model_config.eos_token_ids,
+            self.runner.limits.max_model_len,
+            request.arrival_time,
+            request.deadline,
+            request.prompt_logprobs,
+            request.prompt_logprobs_start,
         )
+        seq.pool, seq.explain = request.pool, request.explain
+        if self.config.trace_requests:
+            seq.trace = RequestTrace()
+        self.scheduler.add(seq)
 
     def abort(self, request_id: int) -> None:
         """End a request in any state; its blocks are free at once. Harmless for unknown ids."""
@@ -114,20 +117,21 @@ class LLMEngine:
 
     def stats(self) -> EngineStats:
         scheduler, blocks = self.scheduler, self.block_manager
+        total = scheduler.total()
         return EngineStats(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
             num_blocks=blocks.num_blocks,
             num_free_blocks=blocks.num_free_blocks,
             num_steps=scheduler.num_steps,
-            num_preemptions=scheduler.num_preemptions,
-            prompt_tokens=scheduler.prompt_tokens,
-            generation_tokens=scheduler.generation_tokens,
+            num_preemptions=total.num_preemptions,
+            prompt_tokens=total.prompt_tokens,
+            generation_tokens=total.generation_tokens,
             prefix_cache_queries=blocks.prefix_cache_queries,
             prefix_cache_hits=blocks.prefix_cache_hits,
-            spec_decode_num_drafts=scheduler.num_drafts,
-            spec_decode_num_draft_tokens=scheduler.num_draft_tokens,
-            spec_decode_num_accepted_tokens=scheduler.num_accepted_tokens,
+            spec_decode_num_drafts=total.num_drafts,
+            spec_decode_num_draft_tokens=total.num_draft_tokens,
+            spec_decode_num_accepted_tokens=total.num_accepted_tokens,
         )
 
     def _run(self, batch: ScheduledBatch) -> list[SequenceOutput]:
@@ -169,6 +173,11 @@ class LLMEngine:
 
     def _take(self, batch: ScheduledBatch, result: RunOutput) -> list[SequenceOutput]:
         logprobs = _logprobs_by_request(batch, result.logprobs)
+        guessing = _trace_step(batch) if self.config.trace_requests else []
+        updates = self.scheduler.update(batch, result.token_ids)
+        for seq, tokens, _ in updates:
+            if seq.trace is not None and seq.request_id in guessing:
+                seq.trace.num_accepted_tokens += max(0, len(tokens) - 1)
         return [
             _output(
                 seq,
@@ -177,7 +186,7 @@ class LLMEngine:
                 logprobs[seq.request_id][: len(tokens)] if seq.request_id in logprobs else None,
                 result.prompt_logprobs.get(seq.request_id),
             )
-            for seq, tokens, finished in self.scheduler.update(batch, result.token_ids)
+            for seq, tokens, finished in updates
         ]
 
     def _require_determinism(self) -> None:
@@ -193,22 +202,22 @@ class LLMEngine:
         runner, limits, folder = self.runner, self.runner.limits, Path(self.config.model_path)
         manifest = read_manifest(folder)
         digest = weights_digest(folder) if manifest is None else manifest.weights
+        expected = None if manifest is None else manifest.self_check
         model = ModelInfo(
             name=self.config.model_name,
             config=dataclasses.asdict(runner.model_config),
             num_parameters=runner.num_parameters,
             weights_digest=digest,
             provenance={"weights": digest} if manifest is None else manifest.describe(),
+            self_check=run_self_check(runner, expected, self.config.quantization),
         )
         return EngineInfo(
-        expected = None if manifest is None else manifest.self_check
             models=[model],
             device=runner.device.type,
             device_name=runner.device_name,
             dtype=str(runner.dtype).removeprefix("torch."),
             attention_backend=runner.backend.name,
             block_size=limits.block_size,
-            self_check=run_self_check(runner, expected, self.config.quantization),
             num_blocks=limits.num_blocks,
             max_num_seqs=limits.max_num_seqs,
             max_num_batched_tokens=limits.max_num_batched_tokens,
@@ -246,9 +255,33 @@ def _output(
         stop_token_id=seq.stop_token_id,
         cached_tokens=seq.cached_tokens,
         logprobs=logprobs,
-        timings=_timings(seq) if finished else None,
+        timings=_timings(seq) if finished or seq.trace is not None or _is_first(seq, token_ids) else None,
         prompt_logprobs=prompt_logprobs,
+        trace=seq.trace,
     )
+
+
+def _is_first(seq: Sequence, token_ids: list[int]) -> bool:
+    """Whether these are its first tokens."""
+    return bool(token_ids) and seq.num_output_tokens == len(token_ids)
+
+
+def _trace_step(batch: ScheduledBatch) -> set[int]:
+    """Enter the step into its sequences' traces; the ids of those that guess in it."""
+    size = len(batch.sequences)
+    guessing = set()
+    for seq in batch.sequences:
+        trace = seq.trace
+        if trace is None:
+            continue
+        trace.min_batch_size = min(trace.min_batch_size, size) if trace.num_steps else size
+        trace.max_batch_size = max(trace.max_batch_size, size)
+        trace.sum_batch_sizes += size
+        trace.num_steps += 1
+        if seq.draft:
+            trace.num_draft_tokens += len(seq.draft)
+            guessing.add(seq.request_id)
+    return guessing
 
 
 def _finished_output(seq: Sequence) -> SequenceOutput:

@@ -29,7 +29,7 @@ class Explain(msgspec.Struct, frozen=True, array_like=True):
 
 
 class AddRequest(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """`prompt_logprobs` and its start are those of `server.engine.sequence.Sequence`."""
+    """`prompt_logprobs`, its start, `pool` and `explain` are those of `server.engine.sequence.Sequence`."""
 
     request_id: int
     prompt_token_ids: list[int]
@@ -38,6 +38,8 @@ class AddRequest(msgspec.Struct, frozen=True, array_like=True, tag=True):
     deadline: float | None = None
     prompt_logprobs: int | None = None
     prompt_logprobs_start: int = 1
+    pool: int = 0
+    explain: Explain | None = None
 
 
 class AbortRequests(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -58,7 +60,8 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RequestTimings(msgspec.Struct, frozen=True, array_like=True):
-    """Seconds on the monotonic clock; sent with a request's last output."""
+    """Seconds on the monotonic clock, 0.0 for what has not come yet; sent with a request's first token and with its
+    last output."""
 
     arrival: float
     first_scheduled: float
@@ -67,13 +70,55 @@ class RequestTimings(msgspec.Struct, frozen=True, array_like=True):
     num_preemptions: int
 
 
+class RequestTrace(msgspec.Struct, array_like=True):
+    """What a request has met so far: the steps that it was in and how many sequences these computed at once, and the
+    tokens that it guessed and guessed right. Kept and sent with each output where EngineConfig.trace_requests is on."""
+
+    num_steps: int = 0
+    min_batch_size: int = 0
+    max_batch_size: int = 0
+    sum_batch_sizes: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+
+
+class FilterEffect(msgspec.Struct, frozen=True, array_like=True):
+    """What a filter did to the distribution before it. `removed_tokens` lost all their probability, `removed_mass` in
+    total; `moved_mass` went from some tokens to others (the total variation distance, at least what was removed).
+    `cut` are those of the alternatives that it removed."""
+
+    name: str
+    removed_tokens: int
+    removed_mass: float
+    moved_mass: float
+    cut: list[int]
+
+
+class TokenAlternative(msgspec.Struct, frozen=True, array_like=True):
+    """`probability` in the raw distribution, `final_probability` in the one that is drawn from."""
+
+    token_id: int
+    probability: float
+    final_probability: float
+
+
+class TokenExplanation(msgspec.Struct, frozen=True, array_like=True):
+    """One generated token. `drawn_id` is what the seed draws at its place. `alternatives` hold the token itself, the
+    most probable ones of both distributions, in the order of the raw one."""
+
+    token_id: int
+    drawn_id: int
+    alternatives: list[TokenAlternative]
+    filters: list[FilterEffect]
+
+
 class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
     """New tokens of one request. `finish_reason` (stop, length, deadline, abort, error) is set on the last one.
 
     A stop token or EOS that ended the sequence is among `token_ids`; `stop_token_id` names it
     when it came from `stop_token_ids` and is None for EOS. A classifier gives `scores`, the labels' probabilities.
     `prompt_logprobs` are those of the prompt's next tokens: they arrive in order, over several outputs that may have
-    no token, and all before the first generated token or with it.
+    no token, and all before the first generated token or with it. `explained` goes with them.
     """
 
     request_id: int
@@ -85,6 +130,8 @@ class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
     timings: RequestTimings | None = None
     scores: list[float] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
+    trace: RequestTrace | None = None
+    explained: list[TokenExplanation] | None = None
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):
@@ -111,6 +158,16 @@ class StepOutput(msgspec.Struct, frozen=True, array_like=True, tag=True):
     step_tokens: int = 0
 
 
+class SelfCheckResult(msgspec.Struct, frozen=True):
+    """Whether the model's logits here are those that were stored with its weights: passed, failed, or unchecked for
+    want of stored ones. `error` and `tolerance` are those of `model.self_check`; `reason` is a sentence."""
+
+    status: str = UNCHECKED
+    error: float | None = None
+    tolerance: float | None = None
+    reason: str | None = None
+
+
 class ModelInfo(msgspec.Struct, frozen=True):
     """What the engine knows of a loaded checkpoint. `config` is the ModelConfig as plain values.
 
@@ -125,6 +182,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
     task: str = GENERATION
     labels: list[str] = []
     pad_token_id: int | None = None
+    self_check: SelfCheckResult = SelfCheckResult()
 
 
 class EngineInfo(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -155,14 +213,3 @@ class EngineFault(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 EngineInput = AddRequest | AbortRequests | Shutdown
 EngineOutput = EngineInfo | StepOutput | EngineFault
-class SelfCheckResult(msgspec.Struct, frozen=True):
-    """Whether the model's logits here are those that were stored with its weights: passed, failed, or unchecked for
-    want of stored ones. `error` and `tolerance` are those of `model.self_check`; `reason` is a sentence."""
-
-    status: str = UNCHECKED
-    error: float | None = None
-    tolerance: float | None = None
-    reason: str | None = None
-
-
-    self_check: SelfCheckResult = SelfCheckResult()

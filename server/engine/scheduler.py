@@ -1,20 +1,21 @@
-"""Scheduler: which sequences compute which tokens in the next step. Continuous batching, first come first served.
+"""Scheduler: which sequences compute which tokens in the next step. Continuous batching, first come first served
+among the requests of one pool of clients; the pools take turns.
 
 Free of torch. One step mixes a token of every decoding sequence with chunks of prompts under a token budget.
-Two orders always hold: running sequences are sorted by arrival, and all of them arrived before all that wait. So
-the newest running sequence is the one to preempt, and it returns to the front of the queue.
+One order always holds: running sequences are sorted by their first admission, and whoever was preempted is admitted
+again before anybody else. So the newest running sequence is the one to preempt, and it returns to the front.
 """
 
 from __future__ import annotations
 
 import heapq
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from model.errors import QuillError
 from server.engine.block_manager import BlockManager
+from server.engine.fair_queue import FairQueue
 from server.engine.sequence import FinishReason, InvalidSequenceError, Sequence, SequenceStatus
 
 SequenceUpdate = tuple[Sequence, list[int], bool]
@@ -108,7 +109,7 @@ class Scheduler:
         self.num_accepted_tokens = 0
         self._clock = clock
         self._max_draft_rows = max_draft_rows
-        self._waiting: OrderedDict[int, Sequence] = OrderedDict()
+        self._waiting = FairQueue()
         self._running: dict[int, Sequence] = {}
         self._deadlines: list[tuple[float, int]] = []  # a heap; entries of finished sequences linger for a while
 
@@ -126,12 +127,12 @@ class Scheduler:
 
     @property
     def waiting(self) -> list[Sequence]:
-        """Oldest first."""
-        return list(self._waiting.values())
+        """Of each pool the oldest first, after all that were preempted."""
+        return list(self._waiting)
 
     @property
     def running(self) -> list[Sequence]:
-        """Oldest first."""
+        """In the order of their first admission."""
         return list(self._running.values())
 
     def add(self, seq: Sequence) -> None:
@@ -140,7 +141,7 @@ class Scheduler:
             raise InvalidSequenceError(f"request_id {seq.request_id} is in use: choose another")
         if seq.max_num_tokens > self.max_model_len:
             raise InvalidSequenceError(f"prompt and max_tokens exceed the context of {self.max_model_len}: lower one")
-        self._waiting[seq.request_id] = seq
+        self._waiting.add(seq)
         if seq.deadline is not None:
             heapq.heappush(self._deadlines, (seq.deadline, seq.request_id))
 
@@ -258,8 +259,7 @@ class Scheduler:
         seq.num_preemptions += 1
         seq.status = SequenceStatus.WAITING
         self.num_preemptions += 1
-        self._waiting[seq.request_id] = seq
-        self._waiting.move_to_end(seq.request_id, last=False)
+        self._waiting.give_back(seq)
 
     def _admit_waiting(self, decodes: list[Sequence], prefills: list[Sequence], budget: int, now: float) -> None:
         """Admit from the front of the queue until the budget, the seats or the blocks run out.
@@ -269,12 +269,12 @@ class Scheduler:
         blocks = self.block_manager
         in_progress = {key for seq in prefills for key in blocks.blocks_in_progress(seq)}
         while self._waiting and budget and len(self._running) < self.max_num_seqs:
-            seq = next(iter(self._waiting.values()))
+            seq = self._waiting.peek()
             if in_progress and self._better_later(seq, in_progress):
                 return
             if not blocks.admit(seq, reserve=len(self._running)):
                 return
-            del self._waiting[seq.request_id]
+            self._waiting.take(seq)
             self._running[seq.request_id] = seq
             seq.status = SequenceStatus.RUNNING
             if not seq.first_scheduled:
@@ -342,7 +342,7 @@ class Scheduler:
 
     def _finish(self, seq: Sequence, finish_reason: FinishReason, now: float) -> None:
         self._running.pop(seq.request_id, None)
-        self._waiting.pop(seq.request_id, None)
+        self._waiting.remove(seq.request_id)
         self.block_manager.free(seq)
         seq.num_scheduled_tokens = 0
         seq.status = SequenceStatus.FINISHED

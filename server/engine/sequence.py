@@ -11,6 +11,7 @@ from server.engine.speculation import PromptLookup
 
 if TYPE_CHECKING:
     from server.engine.block_manager import BlockContent
+    from server.engine.messages import Explain, RequestTrace
 
 FinishReason = Literal["stop", "length", "deadline", "abort", "error"]
 
@@ -65,6 +66,9 @@ class Sequence:
     `draft` holds guesses at the tokens after the last one, computed in the current step only; `lookup` makes them.
     `deadline` and the timings are seconds on the scheduler's clock; a timing is 0.0 until it is known.
 
+    `pool` says whose turn it uses while it waits: see server/engine/fair_queue.py. `explain`, with `prompt_logprobs`
+    and `max_tokens` 0, asks for more about the tokens that are scored. `trace`, where it is kept, counts its steps.
+
     `prompt_logprobs` asks for the log-probabilities of the prompt's tokens from `prompt_logprobs_start` on, each with
     that many alternatives. With `max_tokens` 0 nothing else is wanted: the prompt's last token is then only predicted,
     not computed, and is not among `token_ids`.
@@ -75,10 +79,10 @@ class Sequence:
 
     __slots__ = (
         "arrival_time", "block_contents", "block_table", "cache_epoch", "cached_tokens", "deadline", "draft",
-        "eos_token_ids", "finish_reason", "finished", "first_scheduled", "first_token", "lookup", "max_num_tokens",
-        "next_cache_boundary", "num_cached_blocks", "num_computed_tokens", "num_preemptions", "num_prompt_tokens",
-        "num_scheduled_tokens", "params", "prompt_score", "request_id", "score_only", "status", "stop_ids",
-        "stop_token_id", "token_ids",
+        "eos_token_ids", "explain", "finish_reason", "finished", "first_scheduled", "first_token", "lookup",
+        "max_num_tokens", "next_cache_boundary", "num_cached_blocks", "num_computed_tokens", "num_preemptions",
+        "num_prompt_tokens", "num_scheduled_tokens", "params", "pool", "prompt_score", "request_id", "score_only",
+        "status", "stop_ids", "stop_token_id", "token_ids", "trace",
     )  # fmt: skip
 
     def __init__(
@@ -106,6 +110,9 @@ class Sequence:
         if self.score_only and len(prompt_token_ids) > 1:
             self.token_ids.pop()
         self.params = params
+        self.pool = 0
+        self.explain: Explain | None = None
+        self.trace: RequestTrace | None = None
         self.arrival_time = arrival_time
         self.deadline = deadline
         self.num_prompt_tokens = len(self.token_ids)

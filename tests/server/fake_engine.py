@@ -15,6 +15,7 @@ from server.engine.interface import EngineRequestError, EngineState, EngineUnava
 from server.engine.messages import (
     EngineInfo,
     EngineStats,
+    Explain,
     ModelInfo,
     RequestTimings,
     SequenceOutput,
@@ -76,6 +77,8 @@ class FakeStream:
     deadline: float | None
     prompt_logprobs: int | None = None
     prompt_logprobs_start: int = 1
+    pool: int = 0
+    explain: Explain | None = None
     aborted: bool = False
     finished: bool = False
     _waiting: list[SequenceOutput] = field(default_factory=list)
@@ -119,7 +122,9 @@ def _merge(outputs: list[SequenceOutput]) -> SequenceOutput:
         stop_token_id=last.stop_token_id,
         cached_tokens=max(output.cached_tokens for output in outputs),
         logprobs=logprobs if last.logprobs is not None else None,
-        timings=last.timings,
+        timings=next((output.timings for output in reversed(outputs) if output.timings is not None), None),
+        trace=last.trace,
+        explained=[entry for output in outputs for entry in output.explained or []] or None,
         scores=last.scores,
         prompt_logprobs=[entry for output in outputs for entry in output.prompt_logprobs or []] or None,
     )
@@ -188,7 +193,7 @@ class FakeEngine:
             raise EngineUnavailableError(self.load_error, 1)
         self._state = "ready"
 
-    def check_admission(self, num_sequences: int) -> None:
+    def check_admission(self, num_sequences: int, num_tokens: int = 0, pool: int = 0) -> None:
         if self._state != "ready":
             raise EngineUnavailableError("not ready", 3)
         if len(self.live) + num_sequences > self.queue_limit:
@@ -202,12 +207,15 @@ class FakeEngine:
         *,
         prompt_logprobs: int | None = None,
         prompt_logprobs_start: int = 1,
+        pool: int = 0,
+        explain: Explain | None = None,
     ) -> FakeStream:
         self.check_admission(1)
         self.loop = asyncio.get_running_loop()
         stream = FakeStream(
-            self, len(self.submitted), prompt_token_ids, params, deadline, prompt_logprobs, prompt_logprobs_start
-        )
+            self, len(self.submitted), prompt_token_ids, params, deadline, prompt_logprobs, prompt_logprobs_start,
+            pool, explain,
+        )  # fmt: skip
         self.submitted.append(stream)
         self.live.add(stream.request_id)
         self._tasks[stream.request_id] = asyncio.create_task(self._feed(stream))
@@ -231,11 +239,11 @@ class FakeEngine:
             if last:
                 stream.finished = True
                 self.live.discard(stream.request_id)
-            output = self._output(stream, tokens, plan, arrival, last=last)
+            output = self._output(stream, tokens, plan, arrival, first=not number, last=last)
             stream.put(output if number else msgspec.structs.replace(output, prompt_logprobs=late or None))
 
     def _output(
-        self, stream: FakeStream, tokens: list[int], plan: Plan, arrival: float, *, last: bool
+        self, stream: FakeStream, tokens: list[int], plan: Plan, arrival: float, *, first: bool, last: bool
     ) -> SequenceOutput:
         now = time.monotonic()
         started = 0.0 if plan.never_scheduled else arrival + 0.01
@@ -247,7 +255,7 @@ class FakeEngine:
             stop_token_id=plan.stop_token_id if last else None,
             cached_tokens=self.cached_tokens,
             logprobs=None if wanted is None else [_logprobs(token, wanted) for token in tokens],
-            timings=RequestTimings(arrival, started, now, now, 0) if last else None,
+            timings=RequestTimings(arrival, started, now, now if last else 0.0, 0) if first or last else None,
         )
 
     def end(self, stream: FakeStream) -> None:
@@ -304,7 +312,7 @@ def fake_info(max_model_len: int, vocab_size: int) -> EngineInfo:
         config={"vocab_size": vocab_size, "num_layers": 2},
         num_parameters=1234,
         weights_digest="sha256:abc",
-        provenance={"step": 5000, "run": "run-1"},
+        provenance={"step": 5000, "run": "run-1", "data": "sha256:def", "validation_loss": 1.25},
     )
     return EngineInfo(
         models=[model],
