@@ -13,7 +13,6 @@ from collections import OrderedDict
 from model.errors import QuillError
 from server.engine.sequence import Sequence
 
-_ROOT_HASH = b""
 _NEVER = sys.maxsize
 _NO_EPOCH = -1
 
@@ -23,28 +22,35 @@ class BlockConfigError(QuillError):
 
 
 def hash_block(parent_hash: bytes, token_ids: tuple[int, ...]) -> bytes:
-    """SHA-256 over the hash of the preceding block (empty for the first) and this block's tokens."""
+    """SHA-256 over the hash of the preceding block (the root's for the first) and this block's tokens."""
     return hashlib.sha256(parent_hash + array("q", token_ids).tobytes()).digest()
 
 
+def root_hash(generation: int) -> bytes:
+    """What stands for the block before a sequence's first: equal tokens give other keys and values on other weights."""
+    return b"" if generation == 0 else generation.to_bytes(8, "little")
+
+
 class BlockContent:
-    """What a full block holds: its tokens and, through `parent`, every token before them.
+    """What a full block holds: its tokens and, through `parent`, every token before them, computed by the weights of
+    that `generation`.
 
     The hash only finds a candidate; `same_prefix` compares tokens, so a collision is never taken for a hit.
     """
 
-    __slots__ = ("hash", "parent", "token_ids")
+    __slots__ = ("generation", "hash", "parent", "token_ids")
 
-    def __init__(self, parent: BlockContent | None, token_ids: tuple[int, ...]) -> None:
+    def __init__(self, parent: BlockContent | None, token_ids: tuple[int, ...], generation: int = 0) -> None:
         self.parent = parent
         self.token_ids = token_ids
-        self.hash: bytes = hash_block(_ROOT_HASH if parent is None else parent.hash, token_ids)
+        self.generation = generation
+        self.hash: bytes = hash_block(root_hash(generation) if parent is None else parent.hash, token_ids)
 
 
 def same_prefix(a: BlockContent | None, b: BlockContent | None) -> bool:
     """Whether two chains hold the same tokens. Chains that share a node are compared only down to it."""
     while a is not b:
-        if a is None or b is None or a.token_ids != b.token_ids:
+        if a is None or b is None or a.token_ids != b.token_ids or a.generation != b.generation:
             return False
         a, b = a.parent, b.parent
     return True
@@ -52,6 +58,9 @@ def same_prefix(a: BlockContent | None, b: BlockContent | None) -> bool:
 
 class BlockManager:
     """Hands out `num_blocks` blocks of `block_size` tokens, with reference counts.
+
+    Sequences of several models, or of a model's old and new weights, share the blocks: each set of weights is a
+    generation with a block size of its own, and none finds what another computed. Generation 0 exists from the start.
 
     With `prefix_caching`, a full block whose KV is computed can be found by its content, also after its last
     owner has freed it: such a block stays until its space is needed. Blocks without reusable content are handed out
@@ -68,8 +77,9 @@ class BlockManager:
         if block_size < 1:
             raise BlockConfigError("block_size must be at least 1")
         self.num_blocks = num_blocks
-        self.block_size = block_size
         self.prefix_caching = prefix_caching
+        self._block_sizes = {0: block_size}
+        self._retired: set[int] = set()
         self.prefix_cache_queries = 0
         self.prefix_cache_hits = 0
         self._ref_counts = [0] * num_blocks
@@ -78,6 +88,25 @@ class BlockManager:
         self._contents: list[BlockContent | None] = [None] * num_blocks  # set while the block is in _cached
         self._cached: dict[bytes, int] = {}
         self._epoch = 0
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in a block of the first generation."""
+        return self._block_sizes[0]
+
+    def block_size_of(self, generation: int) -> int:
+        return self._block_sizes[generation]
+
+    def add_generation(self, generation: int, block_size: int) -> None:
+        """Let sequences of another set of weights use the blocks, `block_size` tokens in each."""
+        assert generation not in self._block_sizes, "a generation is added once"
+        self._block_sizes[generation] = block_size
+
+    def retire_generation(self, generation: int) -> None:
+        """Forget what a generation's blocks hold. Its sequences keep theirs to the end, but find and leave nothing."""
+        self._retired.add(generation)
+        for block in [block for block in self._cached.values() if self._generation_in(block) == generation]:
+            self._forget(block)
 
     @property
     def num_free_blocks(self) -> int:
@@ -101,12 +130,12 @@ class BlockManager:
         """Whether the block can be found by its content, and so must not be written."""
         return self._contents[block] is not None
 
-    def num_blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_size)
+    def num_blocks_for(self, num_tokens: int, generation: int = 0) -> int:
+        return -(-num_tokens // self._block_sizes[generation])
 
     def match_prefix(self, seq: Sequence) -> int:
         """How many leading tokens of `seq` the cache would serve now: whole blocks, and never all tokens."""
-        return len(self._match(seq)) * self.block_size
+        return len(self._match(seq)) * self._block_sizes[seq.generation]
 
     def admit(self, seq: Sequence, reserve: int = 0) -> bool:
         """Give a sequence without blocks what all its tokens need, reusing cached blocks, and set
@@ -116,7 +145,7 @@ class BlockManager:
         """
         assert not seq.block_table, "admit() is for sequences without blocks"
         matched = self._match(seq)
-        num_new = self.num_blocks_for(seq.num_tokens) - len(matched)
+        num_new = self.num_blocks_for(seq.num_tokens, seq.generation) - len(matched)
         num_idle = sum(not self._ref_counts[block] for block in matched)
         if num_new + num_idle + reserve > self.num_free_blocks:
             return False
@@ -145,34 +174,36 @@ class BlockManager:
 
     def blocks_in_progress(self, seq: Sequence) -> list[bytes]:
         """Hashes of the blocks that will be full, and cached, once the sequence's scheduled tokens are computed."""
-        if not self.prefix_caching or seq.cache_epoch != self._epoch:
+        if not self._leaves_content(seq):
             return []
-        start = seq.num_computed_tokens // self.block_size
-        end = (seq.num_computed_tokens + seq.num_scheduled_tokens) // self.block_size
+        size = self._block_sizes[seq.generation]
+        start = seq.num_computed_tokens // size
+        end = (seq.num_computed_tokens + seq.num_scheduled_tokens) // size
         self._describe(seq, end)
         return [content.hash for content in seq.block_contents[start:end]]
 
     def look_ahead(self, seq: Sequence, in_progress: set[bytes]) -> tuple[int, int]:
         """How many leading tokens the cache serves now, and how many right after them others are computing."""
-        start = len(self._match(seq))
-        num_full = seq.num_reusable_tokens // self.block_size
+        start, size = len(self._match(seq)), self._block_sizes[seq.generation]
+        num_full = seq.num_reusable_tokens // size
         end = start
         while end < num_full and seq.block_contents[end].hash in in_progress:
             end += 1
-        return start * self.block_size, (end - start) * self.block_size
+        return start * size, (end - start) * size
 
     def mark_computed(self, seq: Sequence) -> None:
         """Enter into the cache the full blocks that `num_computed_tokens` covers: call it after the step that
         wrote their KV."""
-        if not self.prefix_caching or seq.cache_epoch != self._epoch:
+        if not self._leaves_content(seq):
             seq.next_cache_boundary = _NEVER
             return
-        num_full = seq.num_computed_tokens // self.block_size
+        size = self._block_sizes[seq.generation]
+        num_full = seq.num_computed_tokens // size
         self._describe(seq, num_full)
         for index in range(seq.num_cached_blocks, num_full):
             self._register(seq, index)
         seq.num_cached_blocks = num_full
-        seq.next_cache_boundary = (num_full + 1) * self.block_size
+        seq.next_cache_boundary = (num_full + 1) * size
 
     def free(self, seq: Sequence) -> None:
         """Drop the sequence's references; harmless when it has none."""
@@ -196,20 +227,30 @@ class BlockManager:
         self._epoch += 1
 
     def _num_missing(self, seq: Sequence, num_new_tokens: int) -> int:
-        return max(0, self.num_blocks_for(seq.num_computed_tokens + num_new_tokens) - len(seq.block_table))
+        needed = self.num_blocks_for(seq.num_computed_tokens + num_new_tokens, seq.generation)
+        return max(0, needed - len(seq.block_table))
+
+    def _leaves_content(self, seq: Sequence) -> bool:
+        """Whether what the sequence computes is for others to find."""
+        return self.prefix_caching and seq.cache_epoch == self._epoch and seq.generation not in self._retired
+
+    def _generation_in(self, block: int) -> int:
+        content = self._contents[block]
+        assert content is not None
+        return content.generation
 
     def _describe(self, seq: Sequence, num_full: int) -> None:
         """Compute the contents of the first `num_full` blocks that are not known yet."""
-        contents, size = seq.block_contents, self.block_size
+        contents, size = seq.block_contents, self._block_sizes[seq.generation]
         for start in range(len(contents) * size, num_full * size, size):
             parent = contents[-1] if contents else None
-            contents.append(BlockContent(parent, tuple(seq.token_ids[start : start + size])))
+            contents.append(BlockContent(parent, tuple(seq.token_ids[start : start + size]), seq.generation))
 
     def _match(self, seq: Sequence) -> list[int]:
         """The cached blocks that hold a prefix of the sequence, as far as it may be reused."""
-        if not self.prefix_caching:
+        if not self.prefix_caching or seq.generation in self._retired:
             return []
-        num_full = seq.num_reusable_tokens // self.block_size
+        num_full = seq.num_reusable_tokens // self._block_sizes[seq.generation]
         self._describe(seq, num_full)
         matched: list[int] = []
         parent: BlockContent | None = None
@@ -218,7 +259,7 @@ class BlockManager:
             found = None if block is None else self._contents[block]
             if block is None or found is None or found.token_ids != wanted.token_ids:
                 break
-            if not same_prefix(found.parent, parent):
+            if found.generation != seq.generation or not same_prefix(found.parent, parent):
                 break
             matched.append(block)
             parent = found
@@ -229,9 +270,10 @@ class BlockManager:
             content = self._contents[seq.block_table[index]]
             assert content is not None
             seq.block_contents[index] = content
-        seq.num_computed_tokens = num_matched * self.block_size
+        size = self._block_sizes[seq.generation]
+        seq.num_computed_tokens = num_matched * size
         seq.num_cached_blocks = num_matched
-        seq.next_cache_boundary = (num_matched + 1) * self.block_size if self.prefix_caching else _NEVER
+        seq.next_cache_boundary = (num_matched + 1) * size if self.prefix_caching else _NEVER
         # Texts that are only scored come once: their blocks would push out what others use again.
         seq.cache_epoch = _NO_EPOCH if seq.score_only else self._epoch
         if not seq.num_preemptions:

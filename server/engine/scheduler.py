@@ -8,14 +8,17 @@ again before anybody else. So the newest running sequence is the one to preempt,
 
 from __future__ import annotations
 
+import collections
 import heapq
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from model.errors import QuillError
 from server.engine.block_manager import BlockManager
 from server.engine.fair_queue import FairQueue
+from server.engine.scheduled_batch import ScheduledBatch as ScheduledBatch
+from server.engine.scheduled_batch import is_decode, make_batch, schedule_prefill
 from server.engine.sequence import FinishReason, InvalidSequenceError, Sequence, SequenceStatus
 
 SequenceUpdate = tuple[Sequence, list[int], bool]
@@ -27,50 +30,39 @@ class SchedulerConfigError(QuillError):
 
 
 @dataclass(slots=True)
-class ScheduledBatch:
-    """One step's work: row i computes the next `num_scheduled_tokens[i]` tokens of `sequences[i]` after its
-    `num_computed_tokens`, and its block table has room for them.
+class Counters:
+    """What the sequences of one set of weights have done since the start."""
 
-    The first `num_decodes` rows are decodes: exactly one token, past the prompt. `needs_sample[i]` says that the
-    row reaches the end of its sequence's tokens, so that a next token is to be drawn. Of a sequence with a
-    `prompt_score`, its `rows` of the row's tokens are to be scored. A sequence with a `draft` computes its last token
-    and the draft's, and a next token is to be drawn behind each of them.
-    `expired` are sequences that ended because their deadline passed; they are in no later batch or update.
-    """
+    num_preemptions: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
 
-    sequences: list[Sequence] = field(default_factory=list)
-    num_scheduled_tokens: list[int] = field(default_factory=list)
-    needs_sample: list[bool] = field(default_factory=list)
-    num_decodes: int = 0
-    num_tokens: int = 0
-    expired: list[Sequence] = field(default_factory=list)
+    def add(self, other: Counters) -> None:
+        for name in self.__slots__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
-    @property
-    def is_empty(self) -> bool:
-        return not self.sequences
 
-    @property
-    def num_samples(self) -> int:
-        """Tokens to be drawn."""
-        return sum(self.needs_sample) + sum([len(seq.draft) for seq in self.sequences])
+@dataclass(frozen=True, slots=True)
+class GenerationLimits:
+    """What one set of weights allows: see Scheduler."""
 
-    def row(self, index: int) -> ScheduledBatch:
-        """The step of one of the sequences alone."""
-        return ScheduledBatch(
-            sequences=[self.sequences[index]],
-            num_scheduled_tokens=[self.num_scheduled_tokens[index]],
-            needs_sample=[self.needs_sample[index]],
-            num_decodes=int(index < self.num_decodes),
-            num_tokens=self.num_scheduled_tokens[index],
-        )
+    max_model_len: int
+    max_draft_rows: int
 
 
 class Scheduler:
     """Queues and limits. `max_num_seqs` bounds the running sequences, `max_num_batched_tokens` a step's tokens.
 
-    Counters from the start: `num_steps`, `num_preemptions`, `prompt_tokens` (of prompts that gave a first
-    token or were scored), `generation_tokens`, `num_drafts`, their `num_draft_tokens` and of these
-    `num_accepted_tokens`. Sequences draft tokens as long as a step stays within `max_draft_rows` rows.
+    Sequences of several models, or of a model's old and new weights, share queue, seats, budget and blocks: each set of
+    weights is a generation (see Sequence), and `max_model_len` and `max_draft_rows` are those of generation 0. A step
+    decodes for all of them.
+
+    Counted from the start: `num_steps`, of which each runs one generation's part of a batch, and `counters` by
+    generation. Their `prompt_tokens` are those of prompts that gave a first token or were scored.
+    Sequences draft tokens as long as a generation's part of a step stays within its `max_draft_rows` rows.
 
     Raises SchedulerConfigError if the pool cannot hold one sequence of `max_model_len`, or if the budget is below
     `max_num_seqs`: decodes could then fill it step after step, and a prompt would never get its turn.
@@ -85,11 +77,6 @@ class Scheduler:
         clock: Callable[[], float] = time.monotonic,
         max_draft_rows: int = 0,
     ) -> None:
-        capacity = block_manager.num_blocks * block_manager.block_size
-        if capacity < max_model_len:
-            raise SchedulerConfigError(
-                f"kv_cache_memory holds {capacity} tokens, less than the context of {max_model_len}: raise it"
-            )
         if max_num_seqs < 1:
             raise SchedulerConfigError("max_num_seqs must be at least 1")
         if max_num_batched_tokens < max_num_seqs:
@@ -99,19 +86,39 @@ class Scheduler:
         self.block_manager = block_manager
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.max_model_len = max_model_len
         self.num_steps = 0
-        self.num_preemptions = 0
-        self.prompt_tokens = 0
-        self.generation_tokens = 0
-        self.num_drafts = 0
-        self.num_draft_tokens = 0
-        self.num_accepted_tokens = 0
+        self.counters: dict[int, Counters] = {}
+        self._limits: dict[int, GenerationLimits] = {}
         self._clock = clock
-        self._max_draft_rows = max_draft_rows
         self._waiting = FairQueue()
         self._running: dict[int, Sequence] = {}
         self._deadlines: list[tuple[float, int]] = []  # a heap; entries of finished sequences linger for a while
+        self.add_generation(0, max_model_len, max_draft_rows)
+
+    def add_generation(self, generation: int, max_model_len: int, max_draft_rows: int = 0) -> None:
+        """Take sequences for another set of weights, whose block size the block manager knows.
+
+        Raises SchedulerConfigError if the pool cannot hold one sequence of `max_model_len`.
+        """
+        capacity = self.block_manager.num_blocks * self.block_manager.block_size_of(generation)
+        if capacity < max_model_len:
+            raise SchedulerConfigError(
+                f"kv_cache_memory holds {capacity} tokens, less than the context of {max_model_len}: raise it"
+            )
+        self._limits[generation] = GenerationLimits(max_model_len, max_draft_rows)
+        self.counters[generation] = Counters()
+
+    def count_unfinished(self, generation: int) -> tuple[int, int]:
+        """(running, waiting) sequences of one set of weights"""
+        running = sum([seq.generation == generation for seq in self._running.values()])
+        return running, sum([seq.generation == generation for seq in self._waiting])
+
+    def total(self) -> Counters:
+        """The counters of all generations."""
+        total = Counters()
+        for counters in self.counters.values():
+            total.add(counters)
+        return total
 
     @property
     def num_waiting(self) -> int:
@@ -139,8 +146,9 @@ class Scheduler:
         """Queue a sequence. Raises InvalidSequenceError for an id that is in use or a limit beyond the context."""
         if self._find(seq.request_id) is not None:
             raise InvalidSequenceError(f"request_id {seq.request_id} is in use: choose another")
-        if seq.max_num_tokens > self.max_model_len:
-            raise InvalidSequenceError(f"prompt and max_tokens exceed the context of {self.max_model_len}: lower one")
+        limit = self._limits[seq.generation].max_model_len
+        if seq.max_num_tokens > limit:
+            raise InvalidSequenceError(f"prompt and max_tokens exceed the context of {limit}: lower one")
         self._waiting.add(seq)
         if seq.deadline is not None:
             heapq.heappush(self._deadlines, (seq.deadline, seq.request_id))
@@ -162,15 +170,15 @@ class Scheduler:
         """
         now = self._clock()
         expired = self._expire(now)
-        if self._max_draft_rows:
-            for seq in self._running.values():
+        for seq in self._running.values():
+            if seq.draft:
                 seq.draft = []
         decodes: list[Sequence] = []
         prefills: list[Sequence] = []
         budget = self._schedule_running(decodes, prefills)
         if self._waiting:
             self._admit_waiting(decodes, prefills, budget, now)
-        return _make_batch(decodes, prefills, expired)
+        return make_batch(decodes, prefills, expired)
 
     def update(self, batch: ScheduledBatch, sampled: list[int | None]) -> list[SequenceUpdate]:
         """Take in a step's result: `sampled` holds, in order, one token id for each row with `needs_sample` and each
@@ -201,7 +209,7 @@ class Scheduler:
             if needs_sample:
                 results.append(self._take_token(seq, drawn[0], now))
             elif seq.score_only and seq.num_computed_tokens == len(seq.token_ids):
-                self.prompt_tokens += seq.num_prompt_tokens
+                self.counters[seq.generation].prompt_tokens += seq.num_prompt_tokens
                 self._finish(seq, "length", now)
                 results.append((seq, [], True))
             elif scored:
@@ -214,33 +222,39 @@ class Scheduler:
         Every decode has its token set aside before prompts share the rest.
         """
         running = list(self._running.values())
-        size = self.block_manager.block_size
-        most = self._draft_length(len(running))
-        budget = self.max_num_batched_tokens - sum([_is_decode(seq) for seq in running])
+        block_size_of = self.block_manager.block_size_of
+        drafts = self._draft_lengths(running)
+        budget = self.max_num_batched_tokens - sum([is_decode(seq) for seq in running])
         for seq in running:
             if seq.request_id not in self._running:
                 break  # preempted for an older one, as are all after it
-            if _is_decode(seq):
-                if seq.num_computed_tokens >= len(seq.block_table) * size and not self._make_room(seq):
+            if is_decode(seq):
+                capacity = len(seq.block_table) * block_size_of(seq.generation)
+                if seq.num_computed_tokens >= capacity and not self._make_room(seq):
                     break
                 seq.num_scheduled_tokens = 1
-                if most:
-                    self._draft(seq, min(most, budget))
+                if drafts:
+                    self._draft(seq, min(drafts[seq.generation], budget))
                     budget -= len(seq.draft)
                     seq.num_scheduled_tokens += len(seq.draft)
                 (prefills if seq.draft else decodes).append(seq)
             else:
-                budget -= _schedule_prefill(seq, budget)
+                budget -= schedule_prefill(seq, budget)
                 if seq.num_scheduled_tokens:
                     prefills.append(seq)
         return budget
 
-    def _draft_length(self, num_running: int) -> int:
-        """How many tokens each sequence may guess: rows that fill a step up to `max_draft_rows` cost next to nothing,
-        but blocks that others wait for must not go into guesses."""
-        if not num_running or self._waiting or self.block_manager.num_free_blocks < 2 * num_running:
-            return 0
-        return max(0, self._max_draft_rows // num_running - 1)
+    def _draft_lengths(self, running: list[Sequence]) -> dict[int, int]:
+        """How many tokens each sequence may guess, by generation; empty where none may: rows that fill a step up to
+        `max_draft_rows` cost next to nothing, but blocks that others wait for must not go into guesses."""
+        if not running or self._waiting or self.block_manager.num_free_blocks < 2 * len(running):
+            return {}
+        if len(self._limits) == 1:
+            counts = {0: len(running)}
+        else:
+            counts = collections.Counter([seq.generation for seq in running])
+        lengths = {key: max(0, self._limits[key].max_draft_rows // count - 1) for key, count in counts.items()}
+        return lengths if any(lengths.values()) else {}
 
     def _make_room(self, seq: Sequence) -> bool:
         """Give `seq` a slot for one token, preempting the newest sequences as needed; False if that reached `seq`."""
@@ -258,7 +272,7 @@ class Scheduler:
         seq.num_scheduled_tokens = 0
         seq.num_preemptions += 1
         seq.status = SequenceStatus.WAITING
-        self.num_preemptions += 1
+        self.counters[seq.generation].num_preemptions += 1
         self._waiting.give_back(seq)
 
     def _admit_waiting(self, decodes: list[Sequence], prefills: list[Sequence], budget: int, now: float) -> None:
@@ -279,8 +293,8 @@ class Scheduler:
             seq.status = SequenceStatus.RUNNING
             if not seq.first_scheduled:
                 seq.first_scheduled = now
-            rows = decodes if _is_decode(seq) else prefills
-            budget -= _schedule_prefill(seq, budget)
+            rows = decodes if is_decode(seq) else prefills
+            budget -= schedule_prefill(seq, budget)
             rows.append(seq)
             in_progress.update(blocks.blocks_in_progress(seq))
 
@@ -297,9 +311,9 @@ class Scheduler:
             return seq, [], True
         if not seq.first_token:
             seq.first_token = now
-            self.prompt_tokens += seq.num_prompt_tokens
+            self.counters[seq.generation].prompt_tokens += seq.num_prompt_tokens
         seq.token_ids.append(token_id)
-        self.generation_tokens += 1
+        self.counters[seq.generation].generation_tokens += 1
         finish_reason = seq.check_stop()
         if finish_reason is None:
             return seq, [token_id], False
@@ -323,9 +337,10 @@ class Scheduler:
         num_right = max(0, len(taken) - 1)
         assert seq.lookup is not None, "drafts come from it"
         seq.lookup.settle(num_right)
-        self.num_drafts += 1
-        self.num_draft_tokens += len(draft)
-        self.num_accepted_tokens += num_right
+        counters = self.counters[seq.generation]
+        counters.num_drafts += 1
+        counters.num_draft_tokens += len(draft)
+        counters.num_accepted_tokens += num_right
         return seq, taken, finished
 
     def _draft(self, seq: Sequence, most: int) -> None:
@@ -362,30 +377,3 @@ class Scheduler:
             self._deadlines = [entry for entry in self._deadlines if self._find(entry[1]) is not None]
             heapq.heapify(self._deadlines)
         return expired
-
-
-def _is_decode(seq: Sequence) -> bool:
-    """One token to compute, past the prompt."""
-    computed = seq.num_computed_tokens
-    return computed >= seq.num_prompt_tokens and len(seq.token_ids) - computed == 1
-
-
-def _schedule_prefill(seq: Sequence, budget: int) -> int:
-    seq.num_scheduled_tokens = min(budget, len(seq.token_ids) - seq.num_computed_tokens)
-    return seq.num_scheduled_tokens
-
-
-def _make_batch(decodes: list[Sequence], prefills: list[Sequence], expired: list[Sequence]) -> ScheduledBatch:
-    counts = [1] * len(decodes) + [seq.num_scheduled_tokens for seq in prefills]
-    ends = [
-        seq.num_computed_tokens + seq.num_scheduled_tokens >= len(seq.token_ids) and not seq.score_only
-        for seq in prefills
-    ]
-    return ScheduledBatch(
-        sequences=decodes + prefills,
-        num_scheduled_tokens=counts,
-        needs_sample=[True] * len(decodes) + ends,
-        num_decodes=len(decodes),
-        num_tokens=sum(counts),
-        expired=expired,
-    )

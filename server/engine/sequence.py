@@ -64,6 +64,7 @@ class Sequence:
     current step computes next. `block_table[i]` is the block that holds positions `i * block_size` and on.
     `cached_tokens` counts prompt tokens that the prefix cache served when the sequence was first admitted.
     `draft` holds guesses at the tokens after the last one, computed in the current step only; `lookup` makes them.
+    `generation` names the weights that compute it: those of one of several models, or a model's before a reload.
     `deadline` and the timings are seconds on the scheduler's clock; a timing is 0.0 until it is known.
 
     `pool` says whose turn it uses while it waits: see server/engine/fair_queue.py. `explain`, with `prompt_logprobs`
@@ -79,10 +80,10 @@ class Sequence:
 
     __slots__ = (
         "arrival_time", "block_contents", "block_table", "cache_epoch", "cached_tokens", "deadline", "draft",
-        "eos_token_ids", "explain", "finish_reason", "finished", "first_scheduled", "first_token", "lookup",
-        "max_num_tokens", "next_cache_boundary", "num_cached_blocks", "num_computed_tokens", "num_preemptions",
-        "num_prompt_tokens", "num_scheduled_tokens", "params", "pool", "prompt_score", "request_id", "score_only",
-        "status", "stop_ids", "stop_token_id", "token_ids", "trace",
+        "eos_token_ids", "explain", "finish_reason", "finished", "first_scheduled", "first_token", "generation",
+        "lookup", "max_num_tokens", "next_cache_boundary", "num_cached_blocks", "num_computed_tokens",
+        "num_preemptions", "num_prompt_tokens", "num_scheduled_tokens", "params", "pool", "prompt_score",
+        "request_id", "score_only", "status", "stop_ids", "stop_token_id", "token_ids", "trace",
     )  # fmt: skip
 
     def __init__(
@@ -96,7 +97,9 @@ class Sequence:
         deadline: float | None = None,
         prompt_logprobs: int | None = None,
         prompt_logprobs_start: int = 1,
+        generation: int = 0,
     ) -> None:
+        self.generation = generation
         self.score_only = params.max_tokens == 0
         self.prompt_score: PromptScore | None = None
         if prompt_logprobs is not None:

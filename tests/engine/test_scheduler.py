@@ -321,7 +321,7 @@ def test_many_sequences_in_a_small_pool_equal_each_alone(prefix_caching: bool) -
             engine.scheduler.abort(engine.scheduler.num_steps % 64)
             engine.runner.poison_unreadable()
     engine.check_outputs()
-    assert engine.scheduler.num_preemptions > 5
+    assert engine.scheduler.total().num_preemptions > 5
     assert engine.manager.num_free_blocks == 24
     assert (engine.manager.prefix_cache_hits > 20) == prefix_caching
     survivors = [seq for seq in engine.added if seq.finish_reason != "abort"]
@@ -379,7 +379,7 @@ def test_a_new_sequence_joins_at_the_next_step() -> None:
 def test_the_newest_is_preempted_and_continues_at_its_output_position() -> None:
     engine = Engine(num_blocks=6, block_size=2, max_num_seqs=3, budget=12)
     old, new = engine.add([1, 1, 1], params(9)), engine.add([2, 2, 2], params(9))
-    while not engine.scheduler.num_preemptions:
+    while not engine.scheduler.total().num_preemptions:
         engine.step()
     assert (old.num_preemptions, new.num_preemptions) == (0, 1)
     assert engine.scheduler.waiting == [new]
@@ -390,15 +390,15 @@ def test_the_newest_is_preempted_and_continues_at_its_output_position() -> None:
     assert new.output_token_ids[: len(kept)] == kept
     assert (new.first_scheduled, new.first_token) == times
     assert new.num_output_tokens == 9
-    assert engine.scheduler.generation_tokens == 9 + 9 + 1
-    assert engine.scheduler.prompt_tokens == 3 + 3 + 1
+    assert engine.scheduler.total().generation_tokens == 9 + 9 + 1
+    assert engine.scheduler.total().prompt_tokens == 3 + 3 + 1
     engine.check_outputs()
 
 
 def test_a_preempted_sequence_finds_its_own_blocks_again() -> None:
     engine = Engine(num_blocks=8, block_size=2, max_num_seqs=2, budget=16)
     old, new = engine.add([1, 1], params(8)), engine.add([2] * 8, params(6))
-    while not engine.scheduler.num_preemptions:
+    while not engine.scheduler.total().num_preemptions:
         engine.step()
     engine.scheduler.abort(old.request_id)
     batch, _ = engine.step()
@@ -412,7 +412,7 @@ def test_a_preempted_sequence_finds_its_own_blocks_again() -> None:
 def test_preempted_with_all_but_one_token_cached_is_a_decode() -> None:
     engine = Engine(num_blocks=8, block_size=1, max_num_seqs=2, budget=16)
     old, new = engine.add([1, 1], params(6)), engine.add([1, 1], params(6))  # equal draws: `old` computes all of `new`
-    while not engine.scheduler.num_preemptions:
+    while not engine.scheduler.total().num_preemptions:
         engine.step()
     engine.scheduler.abort(old.request_id)
     batch, _ = engine.step()
@@ -516,7 +516,7 @@ def test_admission_keeps_a_block_for_each_running_sequence() -> None:
     assert engine.manager.num_free_blocks == 4, "what it needs, and no more"
     assert late.status is SequenceStatus.WAITING
     engine.run()
-    assert engine.scheduler.num_preemptions == 0
+    assert engine.scheduler.total().num_preemptions == 0
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 4], ids=["waiting", "first chunk", "second chunk", "decoding"])
