@@ -26,6 +26,7 @@ from server.lifecycle import Signals
 from server.protocol import ConnectionLimits, guarded_protocol
 from server.services import Services
 from server.settings import Settings
+from server.summary import loading_shown, show_summary
 
 logger = logging.getLogger("server")
 
@@ -79,8 +80,10 @@ async def serve(
 
 
 async def _start(services: Services, load_tokenizer: LoadTokenizer, listener: socket.socket) -> None:
-    """Wait until requests can be answered, then say how to ask. Raises StartupError."""
-    await load(services, load_tokenizer)
+    """Wait until requests can be answered, then say what is served and how to ask. Raises StartupError."""
+    with loading_shown(services.models):
+        await load(services, load_tokenizer)
+    show_summary(services.ready_info, services.settings, server_url(listener))
     print(greeting(services, listener), flush=True)
 
 
@@ -180,14 +183,20 @@ def uvicorn_config(app: object, settings: Settings) -> uvicorn.Config:
 
 def greeting(services: Services, listener: socket.socket) -> str:
     """Where the server listens, and one line to paste that uses it."""
-    host, port = listener.getsockname()[:2]
-    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    url = server_url(listener)
     key = " -H 'Authorization: Bearer KEY'" if services.settings.api_key_file else ""
     route, body = _FIRST_REQUESTS[services.ready_info.models[0].task]
     return (
-        f"Quill serves {services.models[0]} on http://{shown}:{port}. Try it:\n"
-        f"curl -N http://{shown}:{port}{route} -H 'Content-Type: application/json'{key} -d '{body}'"
+        f"Quill serves {services.models[0]} on {url}. Try it:\n"
+        f"curl -N {url}{route} -H 'Content-Type: application/json'{key} -d '{body}'"
     )
+
+
+def server_url(listener: socket.socket) -> str:
+    """The server's address for a client on this machine."""
+    host, port = listener.getsockname()[:2]
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{shown}:{port}"
 
 
 def allow_many_connections() -> None:

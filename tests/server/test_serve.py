@@ -86,7 +86,7 @@ class Client(threading.Thread):
 
 
 def wait_running(process: Process, count: int) -> None:
-    line = f'vllm:num_requests_running{{model_name="tiny",engine="0"}} {count}.0'
+    line = f'vllm:num_requests_running{{engine="0",model_name="tiny"}} {count}.0'
     wait_until(lambda: line in httpx.get(f"{process.url}/metrics").text)
 
 
