@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional
 
+from model.checkpoint import load_model
 from model.config import ModelConfig, gpt2_config, llama_config
 from model.cpu_decoder import CPUDecoder
 from model.errors import ConfigError
 from model.native import INSTRUCTION_SETS, limit_instruction_set, load_kernels
 from model.packed_model import PackedModel
+from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 
 pytestmark = pytest.mark.skipif(load_kernels() is None, reason="the compiled kernels were not built")
@@ -160,6 +165,30 @@ def test_weights_of_eight_bits_are_within_half_a_step() -> None:
     hidden = torch.eye(96, dtype=torch.bfloat16)[:64]  # exact in eight bits: a single 1, all else 0
     read_back = packed.compute_logits(hidden).T
     assert bool(((read_back - table[:, :64]).abs() <= steps / 2 * 1.01).all())
+
+
+# Shakespeare, sonnets 18 and 30; not among the plays that the bundled model was trained on.
+TEXT = """Shall I compare thee to a summer's day?
+Thou art more lovely and more temperate:
+Rough winds do shake the darling buds of May,
+And summer's lease hath all too short a date;
+When to the sessions of sweet silent thought
+I summon up remembrance of things past,
+I sigh the lack of many a thing I sought,
+And with old woes new wail my dear time's waste:
+"""
+
+
+def test_eight_bits_cost_less_than_half_a_percent_of_perplexity() -> None:
+    folder = Path(__file__).parents[2] / "model" / "data" / "shakespeare"
+    ids = torch.tensor([Tokenizer.load(folder).encode(TEXT)])
+
+    def loss(quantization: str) -> float:
+        packed = PackedModel(load_model(folder, dtype=torch.bfloat16), quantization)
+        return float(functional.cross_entropy(packed.compute_logits(packed(ids[:, :-1]))[0], ids[0, 1:]))
+
+    # Perplexity is the loss's exponential, so that 0.5% is a difference of log(1.005).
+    assert abs(loss("int8") - loss("none")) <= math.log(1.005)
 
 
 def test_the_transformer_gives_its_weights_away() -> None:
