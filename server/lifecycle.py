@@ -8,6 +8,7 @@ import time
 from typing import Protocol
 
 from server.engine.interface import EngineClient
+from server.engine.messages import FAILED
 from server.errors import ApiError, draining_error, engine_down_error, loading_error
 
 
@@ -65,6 +66,13 @@ class Lifecycle:
         if time.monotonic() - self._engine.last_heard > self._health_timeout:
             return engine_down_error()
         return None
+
+    def degraded_reason(self) -> str | None:
+        """Why answers are not to be trusted although they are given: a model that failed the check at load. None when
+        all is well, or nothing is known."""
+        info = self._engine.info
+        failed = [model for model in info.models if model.self_check.status == FAILED] if info is not None else []
+        return f"{failed[0].name} failed its self-check: {failed[0].self_check.reason}" if failed else None
 
     def admission_error(self) -> ApiError | None:
         """Why no request can be admitted now, or None."""

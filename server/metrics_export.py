@@ -13,6 +13,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from server.engine.messages import PASSED, UNCHECKED
+
 if TYPE_CHECKING:
     from server.metrics import Metrics
 
@@ -74,7 +76,20 @@ class ServerCollector(Collector):
         up = GaugeMetricFamily("quill:engine_up", "1 when the engine takes requests", labels=["model_name"])
         up.add_metric([self._m.model_name], self._m.engine.state == "ready")
         yield up
+        yield from self._self_checks()
         yield from self._cache_config()
+
+    def _self_checks(self) -> Iterator[Metric]:
+        """Absent for models whose folders have nothing to compare with."""
+        info = self._m.engine.info
+        checked = [model for model in info.models if model.self_check.status != UNCHECKED] if info is not None else []
+        family = GaugeMetricFamily(
+            "quill:self_check_passed", "1 when the model computes what was stored with it", labels=["model_name"]
+        )
+        for model in checked:
+            family.add_metric([model.name], model.self_check.status == PASSED)
+        if checked:
+            yield family
 
     def _cache_config(self) -> Iterator[Metric]:
         info = self._m.engine.info

@@ -73,6 +73,9 @@ class EngineSettings(BaseSettings):
         False, description="refuse to start where tokens depend on other requests; slower on CUDA"
     )
     num_threads: int | None = Field(
+    strict_self_check: bool = Field(
+        False, description="refuse to start with a model that does not compute what was stored with its weights"
+    )
         None, ge=1, le=1024, description="threads on the CPU; default: by the model and the cores"
     )
     max_model_len: int | None = Field(
@@ -119,6 +122,7 @@ class EngineSettings(BaseSettings):
             speculation=self.speculation,
             deterministic=self.deterministic,
         )
+            strict_self_check=self.strict_self_check,
 
 
 class Settings(EngineSettings):

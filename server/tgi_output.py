@@ -1,7 +1,8 @@
 """Answers in the shapes of Text Generation Inference.
 
 Unlike POST /generate's, TGI's text holds the stop sequence that ended it, a token's text is what it adds to that text,
-and a special token's text is its own, which the whole text leaves out.
+and a special token's text is its own, which the whole text leaves out. `provenance`, which TGI has not, is that of
+POST /generate.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class StreamDetails(msgspec.Struct):
     generated_tokens: int
     seed: int | None
     input_length: int
+    provenance: dict[str, object]
 
 
 class StreamEvent(msgspec.Struct):
@@ -55,6 +57,7 @@ class Details(msgspec.Struct):
     seed: int | None
     prefill: list[PrefillToken]
     tokens: list[Token]
+    provenance: dict[str, object]
     best_of_sequences: list[BestOfSequence] | UnsetType = UNSET
     top_tokens: list[list[Token]] | UnsetType = UNSET
 

@@ -22,6 +22,7 @@ class EngineConfig:
     dtype: str = "auto"
     quantization: str = "none"
     max_model_len: int | None = None
+    `strict_self_check` refuses a model whose logits are not those stored with it.
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     kv_cache_memory: int | None = None
@@ -33,3 +34,4 @@ class EngineConfig:
     speculation: bool = True
     deterministic: bool = False
     trace_requests: bool = False
+    strict_self_check: bool = False

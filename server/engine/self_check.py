@@ -10,7 +10,7 @@ import torch
 
 from model.sampling_params import SamplingParams
 from model.self_check import SelfCheck, tolerance
-from server.engine.messages import FAILED, PASSED, SelfCheckResult
+from server.engine.messages import FAILED, PASSED, ModelInfo, SelfCheckResult
 from server.engine.model_runner import ModelRunner
 from server.engine.scheduler import ScheduledBatch
 from server.engine.sequence import Sequence
@@ -36,6 +36,16 @@ def run_self_check(runner: ModelRunner, expected: SelfCheck | None, quantization
 
 
 def _logits(runner: ModelRunner, expected: SelfCheck) -> list[list[float]]:
+def require_no_failure(model: ModelInfo) -> None:
+    """Raises CheckpointError for a model that failed its check."""
+    check = model.self_check
+    if check.status == FAILED:
+        raise CheckpointError(
+            f"{model.name} does not compute what was stored with its weights ({check.reason}); restore the folder from"
+            " its source, or start without strict_self_check"
+        )
+
+
     """[positions][ids], after the prompt's last positions: a prefill up to the first of them, then decodes."""
     length = len(expected.prompt) - len(expected.logits) + 1
     limits = runner.limits

@@ -79,7 +79,7 @@ async def generate(request: Request) -> Response:
     generation = await admit(body, services)
     model = body.model or services.models[0]
     if body.stream:
-        events = NativeEvents(generation_id(request.scope), model, provenance(services.ready_info))
+        events = NativeEvents(generation_id(request.scope), model, generation.provenance)
         return StreamedGeneration(generation, events, services.heartbeat)
     try:
         return await _whole_answer(generation, request, model, services)
@@ -91,13 +91,6 @@ def generation_id(scope: Scope) -> str:
     return "gen-" + request_id(scope).removeprefix("req-")
 
 
-def provenance(info: EngineInfo) -> dict[str, object]:
-    """Which weights answered: their digest, and the step and run that trained them where known."""
-    model = info.models[0]
-    known = model.provenance
-    return {"weights": model.weights_digest, "step": known.get("step"), "run": known.get("run")}
-
-
 async def _whole_answer(generation: Generation, request: Request, model: str, services: Services) -> Response:
     choices = await generation.collect(request.receive)
     answer = Answer(
@@ -106,7 +99,7 @@ async def _whole_answer(generation: Generation, request: Request, model: str, se
         created=int(time.time()),
         choices=[_choice(whole, seed) for whole, seed in zip(choices, generation.seeds, strict=True)],
         usage=generation.usage,
-        provenance=provenance(services.ready_info),
+        provenance=generation.provenance,
     )
     return Response(msgspec.json.encode(answer), media_type="application/json")
 

@@ -15,7 +15,6 @@ from server.openai_prompts import chat_prompt, completion_prompts
 from server.openapi import request_body
 from server.prompts import Prompt, ServedModel
 from server.request_body import read_body
-from server.routes.native import provenance
 from server.routes.ops import json_response
 from server.schemas.openai import ChatCompletionRequest, CompletionRequest, OpenAIFields
 from server.services import Services
@@ -73,7 +72,7 @@ async def _answer(
         id=prefix + request_id(request.scope).removeprefix("req-"),
         created=int(time.time()),
         model=body.model or services.models[0],
-        provenance=provenance(services.ready_info),
+        provenance=generation.provenance,
     )
     generation = start_generation(prompts, services)
     answer_format = make_format(source, generation, model.tokenizer, body)

@@ -36,10 +36,13 @@ def _services(request: Request) -> Services:
 @router.head("/health", include_in_schema=False)
 @router.get("/health", summary="200 while the engine answers")
 async def health(request: Request) -> Response:
-    error = _services(request).lifecycle.health_error()
+    """The status is `degraded`, with a reason, where the model does not compute what was stored with its weights."""
+    lifecycle = _services(request).lifecycle
+    error = lifecycle.health_error()
     if error is not None:
         raise error
-    return json_response({"status": "ok"})
+    reason = lifecycle.degraded_reason()
+    return json_response({"status": "ok"} if reason is None else {"status": "degraded", "reason": reason})
 
 
 @router.head("/ready", include_in_schema=False)
@@ -77,6 +80,7 @@ async def info(request: Request) -> Response:
                     "num_parameters": model.num_parameters,
                     "weights": model.weights_digest,
                     "provenance": model.provenance,
+                    "self_check": model.self_check,
                 }
                 for model in engine.models
             ],

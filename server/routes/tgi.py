@@ -111,6 +111,7 @@ def _details(job: TgiGeneration, prefix: str, readers: list[TokenReader], best: 
         prefill=prefill,
         tokens=chosen.tokens,
         best_of_sequences=sequences or UNSET,
+        provenance=job.generation.provenance,
         top_tokens=chosen.top_tokens,
     )
 
@@ -180,4 +181,5 @@ class TgiEvents:
             generated_tokens=len(self._reader.tokens),
             seed=self._job.generation.seeds[0] if self._job.sampled else None,
             input_length=len(self._job.generation.prompts[0].token_ids),
+            provenance=self._job.generation.provenance,
         )

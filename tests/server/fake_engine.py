@@ -23,6 +23,8 @@ from server.engine.messages import (
 )
 
 EOS = 256
+TRAINING = {"step": 5000, "run": "run-1", "data": "sha256:def", "validation_loss": 1.25}
+PROVENANCE = {"weights": "sha256:abc", **TRAINING}
 LETTERS = b"abcdefghijklmnopqrstuvwxyz "
 
 
@@ -312,7 +314,7 @@ def fake_info(max_model_len: int, vocab_size: int) -> EngineInfo:
         config={"vocab_size": vocab_size, "num_layers": 2},
         num_parameters=1234,
         weights_digest="sha256:abc",
-        provenance={"step": 5000, "run": "run-1", "data": "sha256:def", "validation_loss": 1.25},
+        provenance=dict(TRAINING),
     )
     return EngineInfo(
         models=[model],

@@ -15,7 +15,7 @@ from server.output import ChoiceDelta
 from server.schemas.native import GenerateRequest
 from server.services import Services
 from tests.server.conftest import client_for, make_app
-from tests.server.fake_engine import FakeEngine, Plan, says
+from tests.server.fake_engine import PROVENANCE, FakeEngine, Plan, says
 
 pytestmark = pytest.mark.anyio
 
@@ -47,7 +47,7 @@ async def test_answer_shape(client: httpx.AsyncClient) -> None:
     assert len(choice["token_ids"]) == 5
     assert (choice["seed"], choice["stop_reason"], choice["logprobs"]) == (9, None, None)
     assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 5, "cached_tokens": 0}
-    assert answer["provenance"] == {"weights": "sha256:abc", "step": 5000, "run": "run-1"}
+    assert answer["provenance"] == PROVENANCE
 
 
 async def test_stream_equals_answer(client: httpx.AsyncClient) -> None:

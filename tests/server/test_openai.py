@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from model.chat_template import ChatTemplate
 from server.schemas.openai import ChatCompletionRequest, CompletionRequest
 from tests.server.conftest import client_for, make_app
-from tests.server.fake_engine import FakeEngine, fake_prompt_logprob, says
+from tests.server.fake_engine import PROVENANCE, FakeEngine, fake_prompt_logprob, says
 from tests.server.hostile_bodies import CANARY
 from tests.server.openai_requests import CHAT, COMPLETIONS, HELLO, ROUTES, ask, check_error, post, stream
 
@@ -35,7 +35,7 @@ async def test_a_completion(engine: FakeEngine) -> None:
         "choices": [choice],
         "system_fingerprint": "fp_abc",
         "usage": usage | {"prompt_tokens_details": {"cached_tokens": 1}},
-        "provenance": {"weights": "sha256:abc", "step": 5000, "run": "run-1"},
+        "provenance": PROVENANCE,
     }
     assert (await ask(engine, COMPLETIONS, stop="lo"))["choices"][0]["stop_reason"] == "lo"
 

@@ -6,13 +6,16 @@ import time
 from pathlib import Path
 
 import httpx
+import msgspec
 import pytest
 
 import server
 from model.sampling_params import SamplingParams
 from server.app import create_app
+from server.engine.messages import FAILED, PASSED, SelfCheckResult
 from tests.server.conftest import client_for, make_app, make_settings
-from tests.server.fake_engine import FakeEngine, Plan, says
+from tests.server.fake_engine import TRAINING, FakeEngine, Plan, says
+from tests.server.real import sum_metric
 
 pytestmark = pytest.mark.anyio
 
@@ -149,7 +152,7 @@ async def test_info_version_models(client: httpx.AsyncClient) -> None:
     assert info["models"][0]["name"] == "tiny"
     assert info["models"][0]["config"]["vocab_size"] == 257
     assert info["models"][0]["weights"] == "sha256:abc"
-    assert info["models"][0]["provenance"] == {"step": 5000, "run": "run-1"}
+    assert info["models"][0]["provenance"] == TRAINING
     assert info["limits"]["max_model_len"] == 256
     assert (info["device"], info["dtype"], info["versions"]["torch"]) == ("cpu", "float32", "2.13.0")
     models = (await client.get("/v1/models")).json()
@@ -168,3 +171,22 @@ async def test_openapi_describes_the_body_and_names_no_paths_or_urls(client: htt
     assert not [name for name in body["properties"] if any(word in name for word in ("path", "url", "file", "dir"))]
     root = str(Path(server.__file__).parents[1])
     assert root not in str(document)
+
+
+async def test_a_failed_self_check_degrades_the_health_and_is_told_everywhere(engine: FakeEngine) -> None:
+    info = engine.info
+    assert info is not None
+    async with client_for(make_app(engine)) as client:
+        assert (await client.get("/health")).json() == {"status": "ok"}
+        assert "quill:self_check_passed" not in (await client.get("/metrics")).text
+        for status, value in ((PASSED, 1.0), (FAILED, 0.0)):
+            result = SelfCheckResult(status, 0.7, 0.1, "its logits are off")
+            engine._info = msgspec.structs.replace(
+                info, models=[msgspec.structs.replace(info.models[0], self_check=result)]
+            )
+            told = (await client.get("/info")).json()["models"][0]["self_check"]
+            assert told == {"status": status, "error": 0.7, "tolerance": 0.1, "reason": "its logits are off"}
+            assert sum_metric((await client.get("/metrics")).text, "quill:self_check_passed") == value
+        health = await client.get("/health")
+        assert health.status_code == 200  # it answers; whether to trust the answers is the operator's to decide
+        assert health.json() == {"status": "degraded", "reason": "tiny failed its self-check: its logits are off"}

@@ -15,7 +15,7 @@ from server.output import ChoiceDelta, TokenLogprob
 from server.tgi_output import TokenReader
 from server.tgi_request import is_tgi_body
 from tests.server.conftest import client_for, make_app
-from tests.server.fake_engine import EOS, FakeEngine, Plan, fake_prompt_logprob, says, seeded_letters
+from tests.server.fake_engine import EOS, PROVENANCE, FakeEngine, Plan, fake_prompt_logprob, says, seeded_letters
 from tests.server.tgi_clients import events, post
 
 pytestmark = pytest.mark.anyio
@@ -52,6 +52,7 @@ async def test_details() -> None:
             "generated_tokens": 4,
             "seed": None,
             "prefill": [],
+            "provenance": PROVENANCE,
             "tokens": [token(104, "h"), token(195, ""), token(169, "é"), token(EOS, "<|endoftext|>", True)],
             "top_tokens": [
                 [token(104, "h"), second(105, "i")],
@@ -105,6 +106,7 @@ async def test_a_stream_says_what_an_answer_says(
     assert parts[-1]["generated_text"] == text
     assert parts[-1]["details"] == {
         "finish_reason": reason, "generated_tokens": len(parts), "seed": None, "input_length": 2,
+        "provenance": PROVENANCE,
     }  # fmt: skip
     shown = "".join(part["token"]["text"] for part in parts if not part["token"]["special"])
     assert ("ab" if parameters.get("return_full_text") else "") + shown == text
@@ -208,7 +210,7 @@ async def test_best_of_takes_the_likeliest_by_mean_logprob() -> None:
     assert (details["generated_tokens"], len(details["tokens"])) == (4, 4)
     others = details["best_of_sequences"]
     assert [(one["generated_text"], one["finish_reason"]) for one in others] == [("a", "length"), ("cc", "length")]
-    assert all(set(one) == {*details, "generated_text"} - {"best_of_sequences"} for one in others)
+    assert all(set(one) == {*details, "generated_text"} - {"best_of_sequences", "provenance"} for one in others)
     seeds = {details["seed"], *(one["seed"] for one in others)}
     assert len(seeds) == 3
     assert {stream.params.seed for stream in engine.submitted} == seeds
