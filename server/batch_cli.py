@@ -26,6 +26,7 @@ from rich.progress import (
 from server.batch_files import AnswerFile, read_requests
 from server.batch_settings import BatchSettings
 from server.engine.interface import EngineClient
+from server.help import help_text, wants_help
 from server.logs import setup_logging
 from server.settings import UsageError, parse_settings, resolve_model_names
 
@@ -36,6 +37,9 @@ _REQUESTS_PER_SEAT = 2
 
 def main(argv: list[str]) -> int:
     """Run the sub-command and return its exit code."""
+    if wants_help(argv):
+        print(help_text(BatchSettings))
+        return EXIT_OK
     try:
         settings = parse_settings(BatchSettings, argv)
         total = sum(1 for _ in read_requests(settings.input))

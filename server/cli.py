@@ -7,6 +7,7 @@ import socket
 import sys
 
 from server.auth import ApiKeys, load_api_keys
+from server.help import help_text, wants_help
 from server.logs import setup_logging
 from server.settings import Settings, UsageError, load_settings, resolve_model_names
 
@@ -21,6 +22,9 @@ def main(argv: list[str] | None = None) -> int:
         from server import batch_cli
 
         return batch_cli.main(argv[1:])
+    if wants_help(argv):
+        print(help_text(Settings))
+        return 0
     try:
         settings = load_settings(argv)
         keys = load_api_keys(settings.api_key_file)
@@ -44,6 +48,7 @@ async def _serve(settings: Settings, keys: ApiKeys, listener: socket.socket) -> 
     engine = AsyncEngine(
         settings.engine_config(),
         settings.max_queued_requests,
+        settings.max_queued_tokens,
         log_level=settings.log_level,
         log_format=settings.log_format,
     )
