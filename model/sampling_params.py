@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from model.errors import InvalidSamplingParamsError
+from model.grammar import Grammar
 
 MAX_SEED = 2**63 - 1
 MAX_LOGPROBS = 20
@@ -20,6 +21,8 @@ class SamplingParams:
     `max_tokens` counts generated tokens; 0 is for the engine, which may be asked to score a prompt and no more.
     `logprobs` asks for that many alternatives per generated token, taken from the raw model distribution (None: no
     log-probabilities at all).
+    `grammar` bars, before the filters, every token that its language does not allow next. EOS is allowed only where a
+    text of the language is whole, and the sequence ends where nothing could follow.
 
     Raises InvalidSamplingParamsError, naming the field, for a value out of its bounds.
     """
@@ -38,6 +41,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         _require(self.max_tokens >= 0, "max_tokens", "must not be negative")
@@ -54,6 +58,9 @@ class SamplingParams:
         _require(0 <= self.seed <= MAX_SEED, "seed", f"must lie between 0 and {MAX_SEED}")
         if self.logprobs is not None:
             _require(0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", f"must lie between 0 and {MAX_LOGPROBS}")
+
+        if self.grammar is not None:
+            _require(self.min_tokens == 0, "min_tokens", "must be 0 with a grammar, which says where the text ends")
 
     def require_tokens(self) -> None:
         """Raises InvalidSamplingParamsError if no token is asked for."""

@@ -3,7 +3,7 @@
 A sequence's token depends on its own logits, parameters, seed and position and on nothing else: to the bit, it is
 the same alone or beside any neighbours. Nothing here waits for the device.
 
-Order: logit_bias, penalties, min_tokens, temperature, top_k, top_p, min_p, draw.
+Order: logit_bias, penalties, min_tokens, allowed tokens, temperature, top_k, top_p, min_p, draw.
 B is rows of the batch, R those that draw (temperature above 0), N the padded width, V the model's output width.
 """
 
@@ -19,6 +19,7 @@ from model.sampling.draw import argmax, draw, padded_width, probabilities, seed_
 from model.sampling.edits import LogitBias, MinTokens, Penalties
 from model.sampling.filters import Filters
 from model.sampling.logprobs import Logprobs, LogprobsRequest
+from model.sampling.masks import AllowedTokens
 from model.sampling_params import SamplingParams
 
 _MIN_TEMPERATURE = 1e-6  # below it, dividing would overflow float32; the draw is greedy long before
@@ -137,22 +138,26 @@ class Sampler:
         )
 
     @torch.no_grad()
-    def sample(self, logits: Tensor, batch: SamplingBatch, positions: Tensor) -> SamplerOutput:
+    def sample(
+        self, logits: Tensor, batch: SamplingBatch, positions: Tensor, allowed: AllowedTokens | None = None
+    ) -> SamplerOutput:
         """Next token ids of a batch.
 
         `logits` [B, V] of any float type (not changed); `positions` [B] int64 on the same device: how many tokens
-        each sequence has generated so far. One instance serves one thread.
+        each sequence has generated so far; `allowed` says what rows may draw at all. One instance serves one thread.
         """
         valid = logits[:, : self.valid_vocab_size]
         scores, probs = self._buffers(batch.size)
-        token_ids = self._sample(valid, batch, positions, scores, probs)
+        if batch.edits_logits or allowed is not None:
+            edited = self._edit(valid, scores, batch, positions, allowed)
+            token_ids = self._sample(edited, batch, positions, scores, probs)
+        else:
+            token_ids = self._sample(valid, batch, positions, scores, probs)
         if batch.logprobs is None:
             return SamplerOutput(token_ids)
         return SamplerOutput(token_ids, batch.logprobs.compute(valid, token_ids, scores, probs))
 
     def _sample(self, logits: Tensor, batch: SamplingBatch, positions: Tensor, scores: Tensor, probs: Tensor) -> Tensor:
-        if batch.edits_logits:
-            logits = self._edit(logits, scores, batch, positions)
         random = batch.random
         if random is None:
             return argmax(logits)
@@ -166,8 +171,10 @@ class Sampler:
         )
         return token_ids.index_copy_(0, rows, drawn)
 
-    def _edit(self, logits: Tensor, scores: Tensor, batch: SamplingBatch, positions: Tensor) -> Tensor:
-        """`logits` with bias, penalties and min_tokens, as a view of `scores`."""
+    def _edit(
+        self, logits: Tensor, scores: Tensor, batch: SamplingBatch, positions: Tensor, allowed: AllowedTokens | None
+    ) -> Tensor:
+        """`logits` with bias, penalties, min_tokens and what is not allowed, as a view of `scores`."""
         edited = scores[:, : self.valid_vocab_size]
         edited.copy_(logits)
         if batch.bias is not None:
@@ -176,6 +183,8 @@ class Sampler:
             batch.penalties.apply(scores)
         if batch.min_tokens is not None:
             batch.min_tokens.apply(scores, positions)
+        if allowed is not None:
+            allowed.apply(edited)
         return edited
 
     def _draw(self, logits: Tensor, random: RandomRows, positions: Tensor, scores: Tensor, probs: Tensor) -> Tensor:

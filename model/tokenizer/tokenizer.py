@@ -36,6 +36,7 @@ from model.tokenizer.parts import (
     gpt2_parts,
     parts_from_files,
 )
+from model.tokenizer.pieces import TokenPieces
 from model.tokenizer.stream_decoder import Collector, PlacedCollector, PlainCollector, WindowCollector
 
 __all__ = ["Tokenizer", "TokenizerKind"]
@@ -166,6 +167,11 @@ class Tokenizer:
         """
         special = self._special_texts.get(token_id)
         return self._parts.pieces.later.get(token_id, b"") if special is None else special
+
+    @property
+    def pieces(self) -> TokenPieces | None:
+        """What each token adds to a text, by its id; None where only the library can tell."""
+        return self._parts.pieces if self._parts.window is None else None
 
     def collector(self) -> Collector:
         """Gathers the bytes of one text; StreamDecoder turns them into deltas."""

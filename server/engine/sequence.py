@@ -11,9 +11,10 @@ from server.engine.speculation import PromptLookup
 
 if TYPE_CHECKING:
     from server.engine.block_manager import BlockContent
+    from server.engine.grammar_matcher import GrammarMatcher
     from server.engine.messages import Explain, RequestTrace
 
-FinishReason = Literal["stop", "length", "deadline", "abort", "error"]
+FinishReason = Literal["stop", "length", "deadline", "abort", "error", "grammar"]
 
 
 class InvalidSequenceError(QuillError):
@@ -65,6 +66,8 @@ class Sequence:
     `cached_tokens` counts prompt tokens that the prefix cache served when the sequence was first admitted.
     `draft` holds guesses at the tokens after the last one, computed in the current step only; `lookup` makes them.
     `generation` names the weights that compute it: those of one of several models, or a model's before a reload.
+    `grammar` follows the generated tokens where they are to be of a language, and no tokens are guessed then. Where its
+    end ends the sequence, `keeps_last` says that the last token is text like the others.
     `deadline` and the timings are seconds on the scheduler's clock; a timing is 0.0 until it is known.
 
     `pool` says whose turn it uses while it waits: see server/engine/fair_queue.py. `explain`, with `prompt_logprobs`
@@ -81,8 +84,8 @@ class Sequence:
     __slots__ = (
         "arrival_time", "block_contents", "block_table", "cache_epoch", "cached_tokens", "deadline", "draft",
         "eos_token_ids", "explain", "finish_reason", "finished", "first_scheduled", "first_token", "generation",
-        "lookup", "max_num_tokens", "next_cache_boundary", "num_cached_blocks", "num_computed_tokens",
-        "num_preemptions", "num_prompt_tokens", "num_scheduled_tokens", "params", "pool", "prompt_score",
+        "grammar", "keeps_last", "lookup", "max_num_tokens", "next_cache_boundary", "num_cached_blocks",
+        "num_computed_tokens", "num_preemptions", "num_prompt_tokens", "num_scheduled_tokens", "params", "pool", "prompt_score",
         "request_id", "score_only", "status", "stop_ids", "stop_token_id", "token_ids", "trace",
     )  # fmt: skip
 
@@ -136,7 +139,9 @@ class Sequence:
         self.num_preemptions = 0
         self.draft: list[int] = []
         # Penalties count the tokens before each position, which only one draw at a time can know.
-        self.lookup = None if params.has_penalties else PromptLookup()
+        self.lookup = None if params.has_penalties or params.grammar is not None else PromptLookup()
+        self.grammar: GrammarMatcher | None = None
+        self.keeps_last = False
 
         # The block manager's part. `block_contents[i]` identifies the i-th full block and outlives a preemption.
         self.block_table: list[int] = []
@@ -171,13 +176,33 @@ class Sequence:
     def check_stop(self) -> FinishReason | None:
         """Why the last token ends the sequence, or None. Sets `stop_token_id`, which stays None for EOS.
 
-        A stop outranks the length limit. `min_tokens` needs no look here: the sampler masks stop tokens until then.
+        A stop outranks the length limit, and so does the end of a grammar. `min_tokens` needs no look here: the sampler
+        masks stop tokens until then.
         """
         token_id = self.token_ids[-1]
         if token_id in self.stop_ids:
             self.stop_token_id = None if token_id in self.eos_token_ids else token_id
             return "stop"
+        if self.grammar is not None:
+            self.grammar.accept(token_id)
+            if self.grammar.has_failed:
+                return "grammar"
+            if self.grammar.is_complete:
+                self.keeps_last = True
+                return "stop"
         return "length" if len(self.token_ids) >= self.max_num_tokens else None
+
+    @property
+    def failure(self) -> FinishReason:
+        """Why no token could be drawn."""
+        return "grammar" if self.grammar is not None and self.grammar.has_failed else "error"
+
+    def end(self, finish_reason: FinishReason, now: float) -> None:
+        """It has no seat and no blocks any more."""
+        self.num_scheduled_tokens = 0
+        self.status = SequenceStatus.FINISHED
+        self.finish_reason = finish_reason
+        self.finished = now
 
     def __repr__(self) -> str:
         return (

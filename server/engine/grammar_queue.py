@@ -1,0 +1,73 @@
+"""GrammarQueue: sequences whose grammars are being compiled. They hold no seat and no blocks. Free of torch."""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Protocol
+
+from server.engine.grammar_compiler import GrammarCompiler, GrammarError
+from server.engine.sequence import Sequence
+
+if TYPE_CHECKING:
+    import llguidance
+
+logger = logging.getLogger(__name__)
+
+
+class Clock(Protocol):
+    def __call__(self) -> float: ...
+
+
+class GrammarQueue:
+    """`add` takes sequences in, `take` gives back those whose turn it is."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._waiting: dict[int, tuple[Sequence, GrammarCompiler, Future[llguidance.LLMatcher]]] = {}
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def __contains__(self, request_id: int) -> bool:
+        return request_id in self._waiting
+
+    def add(self, seq: Sequence, compiler: GrammarCompiler) -> None:
+        """`seq` has a grammar in its parameters."""
+        assert seq.params.grammar is not None, "there is something to compile"
+        self._waiting[seq.request_id] = seq, compiler, compiler.start(seq.params.grammar)
+
+    def discard(self, request_id: int) -> Sequence | None:
+        """Let go of a sequence; None if it is not here."""
+        entry = self._waiting.pop(request_id, None)
+        return None if entry is None else entry[0]
+
+    def take(self) -> tuple[list[Sequence], list[Sequence]]:
+        """Sequences that can be scheduled, with their matchers, and those that cannot and have a finish_reason."""
+        ready: list[Sequence] = []
+        ended: list[Sequence] = []
+        if not self._waiting:
+            return ready, ended
+        now = self._clock()
+        for request_id, (seq, compiler, future) in list(self._waiting.items()):
+            if seq.deadline is not None and seq.deadline <= now:
+                seq.end("deadline", now)
+            elif not future.done():
+                continue
+            else:
+                self._attach(seq, compiler, future, now)
+            del self._waiting[request_id]
+            (ended if seq.is_finished else ready).append(seq)
+        return ready, ended
+
+    def _attach(
+        self, seq: Sequence, compiler: GrammarCompiler, future: Future[llguidance.LLMatcher], now: float
+    ) -> None:
+        try:
+            seq.grammar = compiler.matcher(future)
+        except GrammarError as error:
+            logger.warning("request %d is ended: %s", seq.request_id, error)
+            seq.end("grammar", now)
+        except Exception:
+            logger.exception("request %d is ended: its grammar could not be compiled", seq.request_id)
+            seq.end("error", now)
