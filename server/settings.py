@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -72,10 +73,10 @@ class EngineSettings(BaseSettings):
     deterministic: bool = Field(
         False, description="refuse to start where tokens depend on other requests; slower on CUDA"
     )
-    num_threads: int | None = Field(
     strict_self_check: bool = Field(
         False, description="refuse to start with a model that does not compute what was stored with its weights"
     )
+    num_threads: int | None = Field(
         None, ge=1, le=1024, description="threads on the CPU; default: by the model and the cores"
     )
     max_model_len: int | None = Field(
@@ -121,8 +122,8 @@ class EngineSettings(BaseSettings):
             num_threads=self.num_threads,
             speculation=self.speculation,
             deterministic=self.deterministic,
-        )
             strict_self_check=self.strict_self_check,
+        )
 
 
 class Settings(EngineSettings):
@@ -132,6 +133,12 @@ class Settings(EngineSettings):
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
     port: int = Field(8000, ge=0, le=65_535, description="port to listen on; 0 picks a free one")
     max_queued_requests: int = Field(256, ge=1, description="sequences that may wait before clients get 429")
+    max_queued_tokens: int | None = Field(
+        None, ge=1, description="tokens, of prompts and answers, that may wait before clients get 429; default: any"
+    )
+    request_history: int = Field(
+        0, ge=0, le=100_000, description="requests kept in memory for GET /requests/{id}, with their prompts' tokens"
+    )
 
     api_key_file: Path | None = Field(None, description="file with one API key a line; # starts a comment")
     allowed_hosts: Names = Field(default=[], description="further Host names to answer for; * for any")
@@ -148,6 +155,12 @@ class Settings(EngineSettings):
     drain_timeout: float = Field(30.0, ge=0, le=86_400, description="seconds that running requests get to finish")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severity to log")
     log_format: Literal["text", "json"] = Field("text", description="form of the log lines")
+    otlp_endpoint: str | None = Field(
+        None, pattern=r"^https?://[^\s/?#]+(/[^\s?#]*)?$", description="OpenTelemetry collector that gets spans, by HTTP"
+    )
+
+    def engine_config(self) -> EngineConfig:
+        return replace(super().engine_config(), trace_requests=self.request_history > 0)
 
 
 AnySettings = TypeVar("AnySettings", bound=EngineSettings)

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A checkpoint folder and the name that requests use for it."""
+
+    model_path: str
+    model_name: str
+
+
+@dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """`model_path` is a checkpoint folder. Sizes left at None are chosen for the model and device at hand.
+    """`model_path` is a checkpoint folder; `further_models` are served beside it. Sizes left at None are chosen for the
+    model and device at hand.
 
     `kv_cache_memory` is in bytes; `num_threads` is torch's intra-op thread count;
     `deterministic` refuses to run where tokens would depend on what else runs; on CUDA it costs speed to make them not.
     `trace_requests` counts what each request meets (RequestTrace), for a server that keeps a history;
+    `strict_self_check` refuses a model whose logits are not those stored with it.
     `speculation` lets sequences guess their next tokens from their own text, where that costs little;
     `cuda_graphs` lets decode steps on CUDA replay captured graphs, at the price of some memory and start-up time.
     """
@@ -22,7 +33,6 @@ class EngineConfig:
     dtype: str = "auto"
     quantization: str = "none"
     max_model_len: int | None = None
-    `strict_self_check` refuses a model whose logits are not those stored with it.
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     kv_cache_memory: int | None = None
@@ -33,5 +43,16 @@ class EngineConfig:
     cuda_graphs: bool = True
     speculation: bool = True
     deterministic: bool = False
-    trace_requests: bool = False
     strict_self_check: bool = False
+    trace_requests: bool = False
+    further_models: tuple[ModelSource, ...] = ()
+
+    def each(self) -> list[EngineConfig]:
+        """One configuration for each of the models."""
+        return [
+            dataclasses.replace(self, model_path=path, model_name=name, further_models=())
+            for path, name in [
+                (self.model_path, self.model_name),
+                *((model.model_path, model.model_name) for model in self.further_models),
+            ]
+        ]

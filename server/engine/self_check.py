@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from model.errors import CheckpointError
 from model.sampling_params import SamplingParams
 from model.self_check import SelfCheck, tolerance
 from server.engine.messages import FAILED, PASSED, ModelInfo, SelfCheckResult
@@ -35,7 +36,6 @@ def run_self_check(runner: ModelRunner, expected: SelfCheck | None, quantization
     return SelfCheckResult(FAILED, error, bound, reason)
 
 
-def _logits(runner: ModelRunner, expected: SelfCheck) -> list[list[float]]:
 def require_no_failure(model: ModelInfo) -> None:
     """Raises CheckpointError for a model that failed its check."""
     check = model.self_check
@@ -46,6 +46,7 @@ def require_no_failure(model: ModelInfo) -> None:
         )
 
 
+def _logits(runner: ModelRunner, expected: SelfCheck) -> list[list[float]]:
     """[positions][ids], after the prompt's last positions: a prefill up to the first of them, then decodes."""
     length = len(expected.prompt) - len(expected.logits) + 1
     limits = runner.limits

@@ -89,6 +89,7 @@ async def info(request: Request) -> Response:
                 "max_num_seqs": engine.max_num_seqs,
                 "max_num_batched_tokens": engine.max_num_batched_tokens,
                 "max_queued_requests": settings.max_queued_requests,
+                "max_queued_tokens": settings.max_queued_tokens,
                 "max_body_size": settings.max_body_size,
                 "kv_block_size": engine.block_size,
                 "kv_blocks": engine.num_blocks,
