@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 
+from server.caller import ANYONE, Caller
 from server.engine.interface import EngineClient, EngineUnavailableError, QueueFullError
 from server.engine.messages import CLASSIFICATION, GENERATION
 from server.errors import (
@@ -16,6 +17,7 @@ from server.errors import (
     loading_error,
 )
 from server.generation import Generation
+from server.history import HistoryEntry
 from server.metrics import Metrics
 from server.prompts import Prompt, ServedModel, native_prompt
 from server.schemas.native import GenerateRequest
@@ -27,11 +29,11 @@ _OTHER_TASK = {
 }
 
 
-async def admit(body: GenerateRequest, services: Services) -> Generation:
+async def admit(body: GenerateRequest, services: Services, caller: Caller = ANYONE) -> Generation:
     """Check the request against the model at hand and hand it to the engine. Raises ApiError."""
     arrival = time.monotonic()
     model = served_model(body.model, services)
-    return start_generation([await native_prompt(body, model, arrival)], services)
+    return start_generation([await native_prompt(body, model, arrival)], services, caller)
 
 
 def served_model(name: str | None, services: Services) -> ServedModel:
@@ -48,17 +50,23 @@ def served_model(name: str | None, services: Services) -> ServedModel:
     return ServedModel(tokenizer, width, info.max_model_len, capacity, services.chat_template)
 
 
-def start_generation(prompts: list[Prompt], services: Services) -> Generation:
+def start_generation(prompts: list[Prompt], services: Services, caller: Caller = ANYONE) -> Generation:
     """Hand prompts, of one request and so of one deadline, to the engine, all of them or none. Raises ApiError."""
     refuse_unless_admitting(services)
     try:
-        _check_deadline(prompts[0].deadline, services.metrics)
+        _check_deadline(prompts[0].deadline, caller.pool, services.metrics)
         assert services.tokenizer is not None, "admission needs a loaded tokenizer"
-        return Generation(prompts, services.tokenizer, services.engine, services.lifecycle, services.metrics)
+        generation = Generation(
+            prompts, services.tokenizer, services.engine, services.lifecycle, services.metrics, caller.pool
+        )
     except (QueueFullError, EngineUnavailableError, BusyError) as error:
-        refused = _refusal(error, prompts, services)
+        refused = _refusal(error, prompts, services, caller)
         services.metrics.count_rejection(refused.code)
         raise refused from None
+    if services.history is not None:
+        block_size = services.ready_info.block_size
+        services.history.add(HistoryEntry(caller, services.models[0], block_size, generation))
+    return generation
 
 
 def refuse_unless_admitting(services: Services) -> None:
@@ -74,9 +82,9 @@ def require_task(services: Services, task: str) -> None:
         raise TaskNotServedError(_OTHER_TASK[task])
 
 
-def _refusal(error: Exception, prompts: list[Prompt], services: Services) -> ApiError:
+def _refusal(error: Exception, prompts: list[Prompt], services: Services, caller: Caller) -> ApiError:
     hurried = prompts[0].deadline is not None
-    if isinstance(error, QueueFullError) and hurried and _has_room(services.engine, sum(p.n for p in prompts)):
+    if isinstance(error, QueueFullError) and hurried and _has_room(services.engine, prompts, caller.pool):
         return _unreachable_error(error.retry_after)
     return refusal(error, services)
 
@@ -92,10 +100,11 @@ def refusal(error: Exception, services: Services) -> ApiError:
     return make(error.retry_after)
 
 
-def _has_room(engine: EngineClient, num_sequences: int) -> bool:
-    """Whether the queue would take as many sequences if they were in no hurry."""
+def _has_room(engine: EngineClient, prompts: list[Prompt], pool: int) -> bool:
+    """Whether the queue would take the prompts if they were in no hurry."""
+    num_tokens = sum(prompt.n * (len(prompt.token_ids) + prompt.params.max_tokens) for prompt in prompts)
     try:
-        engine.check_admission(num_sequences)
+        engine.check_admission(sum(prompt.n for prompt in prompts), num_tokens, pool)
     except (QueueFullError, EngineUnavailableError):
         return False
     return True
@@ -106,9 +115,9 @@ def _unreachable_error(wait: float) -> BusyError:
     return BusyError(message, math.ceil(wait), code="deadline_unreachable")
 
 
-def _check_deadline(deadline: float | None, metrics: Metrics) -> None:
+def _check_deadline(deadline: float | None, pool: int, metrics: Metrics) -> None:
     if deadline is None:
         return
-    wait = metrics.expected_wait()
+    wait = metrics.expected_wait(pool)
     if time.monotonic() + wait >= deadline:
         raise _unreachable_error(wait)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -12,14 +14,25 @@ from server.auth import ApiKeys
 from server.engine.interface import EngineClient
 from server.error_handlers import handle_api_error, handle_http_exception
 from server.errors import ApiError
+from server.history import RequestHistory
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
-from server.middleware import AuthMiddleware, BodyLimitMiddleware, HostMiddleware, RequestContextMiddleware
+from server.middleware import (
+    QUIET_PATHS,
+    AuthMiddleware,
+    BodyLimitMiddleware,
+    HostMiddleware,
+    RequestContextMiddleware,
+)
 from server.page_files import page_files
-from server.routes import classify, native, openai, ops, page, score, tgi, tokenize
+from server.routes import classify, native, openai, ops, page, requests, score, tgi, tokenize
 from server.services import Services
 from server.settings import Settings
 from server.sse import Heartbeat
+from server.telemetry import telemetry_config
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
 
 ROUTERS = (
     ops.router,
@@ -27,6 +40,7 @@ ROUTERS = (
     classify.router,
     openai.router,
     page.router,
+    requests.router,
     score.router,
     tgi.router,
     tokenize.router,
@@ -34,9 +48,16 @@ ROUTERS = (
 
 
 def create_app(
-    settings: Settings, engine: EngineClient, keys: ApiKeys | None = None, tokenizer: Tokenizer | None = None
+    settings: Settings,
+    engine: EngineClient,
+    keys: ApiKeys | None = None,
+    tokenizer: Tokenizer | None = None,
+    tracer_provider: TracerProvider | None = None,
 ) -> FastAPI:
-    """An app over `engine`. Without a tokenizer it answers `loading` until `services.set_tokenizer` is called."""
+    """An app over `engine`. Without a tokenizer it answers `loading` until `services.set_tokenizer` is called.
+
+    `tracer_provider` gets a span for each request.
+    """
     services = _services(settings, engine)
     if tokenizer is not None:
         services.set_tokenizer(tokenizer)
@@ -46,6 +67,7 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        telemetry=telemetry_config(tracer_provider, QUIET_PATHS),
         middleware=_middleware(settings, services.metrics, keys or ApiKeys([])),
     )
     app.state.services = services
@@ -66,6 +88,7 @@ def _services(settings: Settings, engine: EngineClient) -> Services:
         metrics=Metrics(engine, name, prefix_caching=settings.prefix_caching, routes=routes),
         heartbeat=Heartbeat(settings.ping_interval, settings.write_timeout),
         models=[name],
+        history=RequestHistory(settings.request_history) if settings.request_history else None,
     )
 
 

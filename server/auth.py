@@ -21,12 +21,13 @@ class ApiKeys:
     def required(self) -> bool:
         return bool(self._digests)
 
-    def accepts(self, authorization: bytes | None) -> bool:
-        """Whether an Authorization header carries one of the keys as a bearer token; looks at every key."""
+    def number_of(self, authorization: bytes | None) -> int | None:
+        """Which key, counted from 1, an Authorization header carries as a bearer token; None where it carries none of
+        them. Looks at every key."""
         scheme, _, key = (authorization or b"").partition(b" ")
         digest = _digest(key.strip())
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        return scheme.lower() == b"bearer" and any(matches)
+        return 1 + matches.index(True) if scheme.lower() == b"bearer" and any(matches) else None
 
 
 def load_api_keys(path: Path | None) -> ApiKeys:

@@ -11,6 +11,7 @@ from model.classifier_config import text_ids
 from model.errors import TokenizerError
 from model.sampling_params import SamplingParams
 from server.admission import refusal, refuse_unless_admitting, require_task
+from server.caller import OPEN_POOL
 from server.engine.interface import EngineRequestError, EngineUnavailableError, QueueFullError, RequestStream
 from server.engine.messages import CLASSIFICATION
 from server.errors import (
@@ -31,7 +32,7 @@ from server.services import Services
 _NO_SAMPLING = SamplingParams(max_tokens=1)
 
 
-async def admit_texts(body: ClassifyRequest, services: Services) -> Classification:
+async def admit_texts(body: ClassifyRequest, services: Services, pool: int = OPEN_POOL) -> Classification:
     """Check the request against the model at hand and hand its texts to the engine. Raises ApiError."""
     if body.model is not None and body.model not in services.models:
         raise UnknownModelError
@@ -40,7 +41,7 @@ async def admit_texts(body: ClassifyRequest, services: Services) -> Classificati
     token_ids = await _token_ids(body, services)
     refuse_unless_admitting(services)
     try:
-        return Classification(token_ids, services)
+        return Classification(token_ids, services, pool)
     except (QueueFullError, EngineUnavailableError) as error:
         refused = refusal(error, services)
         services.metrics.count_rejection(refused.code)
@@ -86,7 +87,7 @@ def _fit(ids: list[int], context: int, truncate: bool, param: str) -> list[int]:
 class Classification:
     """Texts that are submitted all or none; whoever creates it calls `run`."""
 
-    def __init__(self, token_ids: list[list[int]], services: Services) -> None:
+    def __init__(self, token_ids: list[list[int]], services: Services, pool: int = OPEN_POOL) -> None:
         """Raises EngineUnavailableError or QueueFullError with nothing left behind."""
         self._engine, self._lifecycle, self._metrics = services.engine, services.lifecycle, services.metrics
         self._arrival = time.monotonic()
@@ -94,9 +95,9 @@ class Classification:
         self._streams: list[RequestStream] = []
         self._num_finished = 0
         self._interruption = Interruption()
-        self._engine.check_admission(len(token_ids))
+        self._engine.check_admission(len(token_ids), sum(len(ids) + 1 for ids in token_ids), pool)
         try:
-            self._streams += [self._engine.submit(ids, _NO_SAMPLING) for ids in token_ids]
+            self._streams += [self._engine.submit(ids, _NO_SAMPLING, pool=pool) for ids in token_ids]
         except BaseException:
             self._close()
             raise

@@ -10,13 +10,15 @@ from dataclasses import replace
 from starlette.types import Receive
 
 from model.tokenizer import Tokenizer
+from server.caller import OPEN_POOL
 from server.engine.interface import EngineClient, EngineRequestError, RequestStream
-from server.engine.messages import RequestTimings, SequenceOutput
+from server.engine.messages import RequestTimings, RequestTrace
 from server.errors import ApiError, ClientGoneError, engine_down_error, request_failed_error
 from server.lifecycle import Lifecycle
 from server.metrics import FinishedSequence, Metrics
 from server.output import ChoiceDelta, ChoiceOutput, Usage, join_deltas
 from server.prompts import Prompt
+from server.provenance import model_named, provenance
 from server.seeds import choice_seed
 
 Emit = Callable[[ChoiceDelta], Awaitable[None]]
@@ -29,12 +31,14 @@ class Generation:
     """
 
     def __init__(
-        self, prompts: list[Prompt], tokenizer: Tokenizer, engine: EngineClient, lifecycle: Lifecycle, metrics: Metrics
-    ) -> None:
+        self, prompts: list[Prompt], tokenizer: Tokenizer, engine: EngineClient, lifecycle: Lifecycle, metrics: Metrics,
+        pool: int = OPEN_POOL,
+    ) -> None:  # fmt: skip
         self._lifecycle = lifecycle
         self._metrics = metrics
         self._engine = engine
-        self._arrival = time.monotonic()
+        self._pool = pool
+        self.arrival = time.monotonic()
         self._task: asyncio.Task[None] | None = None
         self._error: ApiError | None = None
         self._interrupted = False
@@ -46,19 +50,34 @@ class Generation:
             for index, prompt in enumerate(self._prompt_of)
         ]
         self.timings: list[RequestTimings | None] = [None] * len(self.choices)
-        """Of each choice that the engine ended; one that ends at a stop string has none."""
+        """Of each choice from its first token on; the engine tells no end of one that a stop string ended."""
+        self.traces: list[RequestTrace | None] = [None] * len(self.choices)
+        self.ended_at: list[float | None] = [None] * len(self.choices)
+        self.has_ended = False
+        self.end_reason = "abort"
+        """Of the choices that had not come to an end when all ended."""
         self._streams: list[RequestStream] = []
+        self.provenance: dict[str, object] = {}
+        """Of the weights that answer: those that were served when the request was handed over."""
         self._submit()
 
     def _submit(self) -> None:
         """Raises EngineUnavailableError or QueueFullError with nothing left behind."""
-        self._engine.check_admission(len(self.choices))
+        num_tokens = sum(prompt.n * (len(prompt.token_ids) + prompt.params.max_tokens) for prompt in self.prompts)
+        self._engine.check_admission(len(self.choices), num_tokens, self._pool)
+        info = self._engine.info
+        assert info is not None, "an engine that admits has said what it serves"
+        self.provenance = provenance(model_named(info, None))
         try:
             for prompt, seed in zip(self._prompt_of, self.seeds, strict=True):
                 params = replace(prompt.params, seed=seed)
                 self._streams.append(
                     self._engine.submit(
-                        prompt.token_ids, params, prompt.deadline, prompt_logprobs=prompt.prompt_logprobs
+                        prompt.token_ids,
+                        params,
+                        prompt.deadline,
+                        prompt_logprobs=prompt.prompt_logprobs,
+                        pool=self._pool,
                     )
                 )
         except BaseException:
@@ -100,6 +119,7 @@ class Generation:
         except EngineRequestError:
             if self._interrupted:
                 raise (self._error or ClientGoneError()) from None
+            self.end_reason = "error"
             self._metrics.count_finish("error", self._num_unfinished)
             raise (request_failed_error() if self._engine.state == "ready" else engine_down_error()) from None
         finally:
@@ -121,6 +141,7 @@ class Generation:
         """Abort what still runs; harmless when called twice."""
         for stream in self._streams:
             stream.abort()
+        self.has_ended = True
         self._lifecycle.remove(self)
 
     def interrupt(self, error: ApiError | None) -> None:
@@ -159,7 +180,7 @@ class Generation:
             first += prompt.n
 
     async def _pump(self, index: int, emit: Emit) -> None:
-        choice, last = self.choices[index], self._arrival
+        choice, last = self.choices[index], self.arrival
         if self._prompt_of[index].echo:
             await emit(ChoiceDelta(index, self._prompt_of[index].echo, []))
         async for output in self._streams[index]:
@@ -167,28 +188,31 @@ class Generation:
                 raise EngineRequestError
             if output.token_ids or output.finish_reason is not None:
                 now = time.monotonic()
-                self._metrics.observe_tokens(now - last, len(output.token_ids), first=last == self._arrival)
+                is_first = last == self.arrival
+                self._metrics.observe_tokens(now - last, len(output.token_ids), first=is_first, pool=self._pool)
                 last = now
+            self.timings[index] = output.timings or self.timings[index]
+            self.traces[index] = output.trace
             delta = choice.push(output)
             if delta.finish_reason is not None:
                 # Before a slow client is waited for: after a stop string the engine still runs the sequence.
                 self._streams[index].abort()
-                self._finish(choice, output)
+                self._finish(choice)
             await emit(delta)
             if delta.finish_reason is not None:
                 return
         raise EngineRequestError("the stream ended without a finish reason")
 
-    def _finish(self, choice: ChoiceOutput, output: SequenceOutput) -> None:
-        self.timings[choice.index] = output.timings
+    def _finish(self, choice: ChoiceOutput) -> None:
+        now = self.ended_at[choice.index] = time.monotonic()
         prompt = self._prompt_of[choice.index]
         self._metrics.observe_finish(
             FinishedSequence(
                 reason=choice.finish_reason or "error",
                 prompt_tokens=len(prompt.token_ids),
                 generated_tokens=choice.num_tokens,
-                seconds=time.monotonic() - self._arrival,
-                timings=output.timings,
+                seconds=now - self.arrival,
+                timings=self.timings[choice.index],
                 cached_tokens=choice.cached_tokens,
                 max_tokens=prompt.params.max_tokens,
             )

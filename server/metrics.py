@@ -38,6 +38,22 @@ class FinishedSequence:
     max_tokens: int | None = None
 
 
+class _Wait:
+    """How long the recent requests of one pool waited for their first token: a running mean, soon forgotten."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._at = -_WAIT_MEMORY_SECONDS
+
+    @property
+    def is_recent(self) -> bool:
+        return time.monotonic() - self._at < _WAIT_MEMORY_SECONDS
+
+    def remember(self, seconds: float) -> None:
+        self.seconds += (0.2 if self.is_recent else 1.0) * (seconds - self.seconds)
+        self._at = time.monotonic()
+
+
 class Histogram:
     """Counts in buckets. Cheaper than the client library's, which locks: the event loop is the only writer."""
 
@@ -73,8 +89,7 @@ class Metrics:
         self.http = {(route, status): 0 for route in [*routes, "other"] for status in STATUS_CLASSES}
         self.histograms = {name: Histogram(bounds) for name, (_, bounds) in HISTOGRAMS.items()}
         engine.on_step = self.histograms["iteration_tokens_total"].add
-        self._first_token_wait = 0.0
-        self._first_token_at = -_WAIT_MEMORY_SECONDS
+        self._waits: dict[int, _Wait] = {}
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
         self._registry.register(ServerCollector(self))
@@ -95,13 +110,13 @@ class Metrics:
     def count_finish(self, reason: str, count: int = 1) -> None:
         self.finished[reason if reason in self.finished else "error"] += count
 
-    def observe_tokens(self, seconds: float, count: int, *, first: bool) -> None:
+    def observe_tokens(self, seconds: float, count: int, *, first: bool, pool: int = 0) -> None:
         """`count` tokens arrived together, `seconds` after the previous ones or, the first, after the request.
 
         None at all arrive where a deadline passes; a request that gets none has waited for a token all the same.
         """
         if first:
-            self._remember_wait(seconds)
+            self._waits.setdefault(pool, _Wait()).remember(seconds)
             if count:
                 self._add("time_to_first_token_seconds", seconds)
         elif count:
@@ -143,13 +158,8 @@ class Metrics:
     def _add(self, name: str, value: float) -> None:
         self.histograms[name].add(value)
 
-    def _remember_wait(self, seconds: float) -> None:
-        now = time.monotonic()
-        weight = 0.2 if now - self._first_token_at < _WAIT_MEMORY_SECONDS else 1.0
-        self._first_token_wait += weight * (seconds - self._first_token_wait)
-        self._first_token_at = now
-
-    def expected_wait(self) -> float:
-        """Seconds a new request will wait for its first token, by what recent ones met; 0 when nothing waits."""
-        recent = time.monotonic() - self._first_token_at < _WAIT_MEMORY_SECONDS
-        return self._first_token_wait if recent and self.engine.stats.num_waiting else 0.0
+    def expected_wait(self, pool: int = 0) -> float:
+        """Seconds a new request will wait for its first token, by what recent ones of its pool of clients met; 0 when
+        nothing waits."""
+        wait = self._waits.get(pool)
+        return wait.seconds if wait is not None and wait.is_recent and self.engine.stats.num_waiting else 0.0

@@ -15,6 +15,7 @@ import time
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.auth import ApiKeys
+from server.caller import POOL
 from server.error_handlers import REQUEST_ID, send_error
 from server.errors import (
     BodyTooLargeError,
@@ -158,11 +159,15 @@ class AuthMiddleware:
         self._page_paths = page_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_open = scope["type"] != "http" or not self._keys.required or self._is_public(scope)
-        if is_open or self._keys.accepts(header(scope, b"authorization")):
+        if scope["type"] != "http" or not self._keys.required or self._is_public(scope):
             await self._app(scope, receive, send)
-        else:
+            return
+        number = self._keys.number_of(header(scope, b"authorization"))
+        if number is None:
             await send_error(UnauthorizedError(), scope, send)
+            return
+        scope[POOL] = number
+        await self._app(scope, receive, send)
 
     def _is_public(self, scope: Scope) -> bool:
         reads = scope["method"] in ("GET", "HEAD")

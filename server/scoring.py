@@ -12,6 +12,7 @@ from starlette.types import Receive
 from model.evaluation import Window
 from model.sampling_params import SamplingParams
 from server.admission import refusal, refuse_unless_admitting, served_model
+from server.caller import OPEN_POOL
 from server.engine.interface import EngineRequestError, EngineUnavailableError, QueueFullError, RequestStream
 from server.engine.messages import EngineInfo
 from server.errors import ApiError, ClientGoneError, engine_down_error, request_failed_error
@@ -31,13 +32,13 @@ _PATIENCE = 1.0
 _Job = tuple[ScoredText, Window]
 
 
-async def admit_scoring(body: ScoreRequest, services: Services) -> Scoring:
+async def admit_scoring(body: ScoreRequest, services: Services, pool: int = OPEN_POOL) -> Scoring:
     """Check the request against the model at hand and hand its first windows to the engine. Raises ApiError."""
     model = served_model(body.model, services)
     texts = await read_texts(body, model)
     refuse_unless_admitting(services)
     try:
-        return Scoring(texts, model.max_model_len, window_stride(body, model), services)
+        return Scoring(texts, model.max_model_len, window_stride(body, model), services, pool)
     except (QueueFullError, EngineUnavailableError) as error:
         refused = refusal(error, services)
         services.metrics.count_rejection(refused.code)
@@ -47,16 +48,19 @@ async def admit_scoring(body: ScoreRequest, services: Services) -> Scoring:
 class Scoring:
     """Texts that are read in windows, a few at a time; whoever creates it calls `run`."""
 
-    def __init__(self, texts: list[ScoredText], context: int, stride: int, services: Services) -> None:
+    def __init__(
+        self, texts: list[ScoredText], context: int, stride: int, services: Services, pool: int = OPEN_POOL
+    ) -> None:
         """Submits the first windows, all or none. Raises EngineUnavailableError or QueueFullError."""
         self._engine, self._lifecycle, self._metrics = services.engine, services.lifecycle, services.metrics
+        self._pool = pool
         self._arrival = time.monotonic()
         self.texts = texts
         self._jobs: Iterator[_Job] = ((text, window) for text in texts for window in text.windows(context, stride))
         self._streams: dict[int, RequestStream] = {}
         self._interruption = Interruption()
         first = list(islice(self._jobs, _num_at_once(texts, context, services.ready_info)))
-        self._engine.check_admission(len(first))
+        self._engine.check_admission(len(first), sum(window.length + 1 for _, window in first), pool)
         try:
             self._first = [(job, self._submit(job)) for job in first]
         except BaseException:
@@ -119,6 +123,7 @@ class Scoring:
             _SCORE_ONLY,
             prompt_logprobs=0,
             prompt_logprobs_start=window.skip + 1,
+            pool=self._pool,
         )
         self._streams[stream.request_id] = stream
         return stream

@@ -9,6 +9,7 @@ from model.tokenizer import Tokenizer
 from server.engine.interface import EngineClient
 from server.engine.messages import EngineInfo
 from server.errors import loading_error
+from server.history import RequestHistory
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
 from server.settings import Settings
@@ -24,6 +25,7 @@ class Services:
     lifecycle: Lifecycle
     metrics: Metrics
     heartbeat: Heartbeat
+    history: RequestHistory | None = None
     tokenizer: Tokenizer | None = None
     chat_template: ChatTemplate | None = None
     models: list[str] = field(default_factory=list)

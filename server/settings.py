@@ -156,7 +156,9 @@ class Settings(EngineSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severity to log")
     log_format: Literal["text", "json"] = Field("text", description="form of the log lines")
     otlp_endpoint: str | None = Field(
-        None, pattern=r"^https?://[^\s/?#]+(/[^\s?#]*)?$", description="OpenTelemetry collector that gets spans, by HTTP"
+        None,
+        pattern=r"^https?://[^\s/?#]+(/[^\s?#]*)?$",
+        description="OpenTelemetry collector that gets spans, by HTTP",
     )
 
     def engine_config(self) -> EngineConfig:

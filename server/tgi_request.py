@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pydantic import TypeAdapter
 
 from server.admission import served_model, start_generation
+from server.caller import Caller
 from server.errors import InvalidRequestError
 from server.generation import Generation
 from server.prompts import Prompt, ServedModel, make_prompt
@@ -49,7 +50,7 @@ def is_tgi_body(raw: bytes) -> bool:
     return isinstance(body, dict) and "inputs" in body and "prompt" not in body
 
 
-async def admit_tgi(body: TgiRequest, services: Services, *, streamed: bool) -> TgiGeneration:
+async def admit_tgi(body: TgiRequest, services: Services, caller: Caller, *, streamed: bool) -> TgiGeneration:
     """Check the request against the model at hand and hand it to the engine. Raises ApiError."""
     received = time.monotonic()
     parameters = _WITHOUT_PARAMETERS if body.parameters is None else body.parameters
@@ -59,7 +60,7 @@ async def admit_tgi(body: TgiRequest, services: Services, *, streamed: bool) -> 
     token_ids = await encode_text(body.inputs, "inputs", model.tokenizer)
     prompt = _prompt(token_ids, parameters, model, sampled=sampled, streamed=streamed, arrival=received)
     started = time.monotonic()
-    generation = start_generation([prompt], services)
+    generation = start_generation([prompt], services, caller)
     return TgiGeneration(body.inputs, parameters, sampled, model, generation, received, started)
 
 

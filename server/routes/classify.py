@@ -8,6 +8,7 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from server.caller import caller_of
 from server.classification import admit_texts
 from server.output import Usage
 from server.request_body import read_body
@@ -43,7 +44,7 @@ _BODY: dict[str, Any] = {
 async def classify(request: Request) -> Response:
     services: Services = request.app.state.services
     body = await read_body(request, ClassifyRequest)
-    classification = await admit_texts(body, services)
+    classification = await admit_texts(body, services, caller_of(request.scope).pool)
     scores = await classification.run(request.receive)
     labels = services.ready_info.models[0].labels
     answer = Answer(

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from server.admission import admit
-from server.engine.messages import EngineInfo
+from server.caller import caller_of
 from server.error_handlers import request_id
 from server.errors import ApiError, error_body
 from server.generation import Generation
@@ -76,7 +76,7 @@ async def generate(request: Request) -> Response:
         return await answer_tgi(request)
     services: Services = request.app.state.services
     body = parse_body(raw, GenerateRequest)
-    generation = await admit(body, services)
+    generation = await admit(body, services, caller_of(request.scope))
     model = body.model or services.models[0]
     if body.stream:
         events = NativeEvents(generation_id(request.scope), model, generation.provenance)

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server.admission import served_model, start_generation
+from server.caller import caller_of
 from server.error_handlers import request_id
 from server.errors import UnknownModelError
 from server.openai_output import AnswerSource, ChatFormat, CompletionFormat
@@ -68,13 +69,13 @@ async def _answer(
     make_format: type[CompletionFormat] | type[ChatFormat],
 ) -> Response:  # fmt: skip
     services: Services = request.app.state.services
+    generation = start_generation(prompts, services, caller_of(request.scope))
     source = AnswerSource(
         id=prefix + request_id(request.scope).removeprefix("req-"),
         created=int(time.time()),
         model=body.model or services.models[0],
         provenance=generation.provenance,
     )
-    generation = start_generation(prompts, services)
     answer_format = make_format(source, generation, model.tokenizer, body)
     if body.stream:
         return StreamedGeneration(generation, answer_format, services.heartbeat)

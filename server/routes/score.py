@@ -10,10 +10,11 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from model.tokenizer import Tokenizer
+from server.caller import caller_of
 from server.error_handlers import request_id
 from server.output import Usage
+from server.provenance import model_named, provenance
 from server.request_body import read_body
-from server.routes.native import provenance
 from server.schemas.score import ScoreRequest
 from server.score_texts import ScoredText
 from server.scoring import admit_scoring
@@ -63,7 +64,8 @@ _BODY: dict[str, Any] = {
 async def score(request: Request) -> Response:
     services: Services = request.app.state.services
     body = await read_body(request, ScoreRequest)
-    scoring = await admit_scoring(body, services)
+    scoring = await admit_scoring(body, services, caller_of(request.scope).pool)
+    served = model_named(services.ready_info, body.model)
     texts = await scoring.run(request.receive)
     tokenizer = services.tokenizer if body.return_tokens else None
     answer = Answer(
@@ -72,7 +74,7 @@ async def score(request: Request) -> Response:
         created=int(time.time()),
         results=[_result(text, tokenizer) for text in texts],
         usage=Usage(scoring.num_tokens, 0, 0),
-        provenance=provenance(services.ready_info),
+        provenance=provenance(served),
     )
     return Response(msgspec.json.encode(answer), media_type="application/json")
 

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from msgspec import UNSET
 from starlette.responses import Response
 
+from server.caller import caller_of
 from server.errors import ApiError
 from server.generation import Generation
 from server.openapi import request_body
@@ -56,7 +57,7 @@ async def _respond(
     services: Services = request.app.state.services
     body = parse_body(await read_bytes(request), TgiRequest)
     streamed = streamed or bool(body.stream)
-    job = await admit_tgi(body, services, streamed=streamed)
+    job = await admit_tgi(body, services, caller_of(request.scope), streamed=streamed)
     if job.parameters.return_full_text is not None:
         full_text = job.parameters.return_full_text
     prefix = job.inputs if full_text else ""
@@ -110,8 +111,8 @@ def _details(job: TgiGeneration, prefix: str, readers: list[TokenReader], best: 
         seed=chosen.seed,
         prefill=prefill,
         tokens=chosen.tokens,
-        best_of_sequences=sequences or UNSET,
         provenance=job.generation.provenance,
+        best_of_sequences=sequences or UNSET,
         top_tokens=chosen.top_tokens,
     )
 
@@ -119,8 +120,7 @@ def _details(job: TgiGeneration, prefix: str, readers: list[TokenReader], best: 
 def _headers(job: TgiGeneration, num_tokens: int, choice: int, services: Services) -> dict[str, str]:
     """TGI's headers; times are in milliseconds, but for x-compute-time, which is in seconds.
 
-    A stop sequence is found outside of the engine, which then tells no time of its own: the time in the queue is left
-    out and counts as inference.
+    An answer whose deadline passed while it waited has had no first step: all its time counts as inference.
     """
     now = time.monotonic()
     timings = job.generation.timings[choice]

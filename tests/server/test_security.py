@@ -45,9 +45,9 @@ def test_key_files(tmp_path: Path) -> None:
     path.write_text(f"# a comment\n\n {KEY} \nsecond-key\n")
     keys = load_api_keys(path)
     assert keys.required
-    assert keys.accepts(f"Bearer {KEY}".encode())
-    assert not keys.accepts(b"Bearer # a comment")
-    assert not keys.accepts(None)
+    assert keys.number_of(f"Bearer {KEY}".encode())
+    assert not keys.number_of(b"Bearer # a comment")
+    assert not keys.number_of(None)
     assert not load_api_keys(None).required
     for content, words in (("", "no key"), ("# only\n", "no key"), ("short\n", "under 8")):
         path.write_text(content)
