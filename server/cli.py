@@ -5,11 +5,16 @@ from __future__ import annotations
 import asyncio
 import socket
 import sys
+from typing import TYPE_CHECKING
 
 from server.auth import ApiKeys, load_api_keys
 from server.help import help_text, wants_help
 from server.logs import setup_logging
 from server.settings import Settings, UsageError, load_settings, resolve_model_names
+from server.telemetry import make_tracer_provider
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
 
 EXIT_USAGE = 2
 BACKLOG = 2048
@@ -29,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         settings = load_settings(argv)
         keys = load_api_keys(settings.api_key_file)
         settings = resolve_model_names(settings)
+        tracer_provider = make_tracer_provider(settings.otlp_endpoint)
         listener = listen(settings.host, settings.port)
     except UsageError as error:
         print(f"quill: error: {error}", file=sys.stderr)
@@ -37,10 +43,12 @@ def main(argv: list[str] | None = None) -> int:
     import uvloop
 
     with listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_serve(settings, keys, listener))
+        return runner.run(_serve(settings, keys, listener, tracer_provider))
 
 
-async def _serve(settings: Settings, keys: ApiKeys, listener: socket.socket) -> int:
+async def _serve(
+    settings: Settings, keys: ApiKeys, listener: socket.socket, tracer_provider: TracerProvider | None
+) -> int:
     from server.engine.client import AsyncEngine
     from server.lifecycle import Signals
 
@@ -56,7 +64,7 @@ async def _serve(settings: Settings, keys: ApiKeys, listener: socket.socket) -> 
     from server.serve import allow_many_connections, serve
 
     allow_many_connections()
-    return await serve(settings, keys, listener, engine, signals)
+    return await serve(settings, keys, listener, engine, signals, tracer_provider=tracer_provider)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -12,6 +12,7 @@ import resource
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import uvicorn
 
@@ -27,6 +28,10 @@ from server.protocol import ConnectionLimits, guarded_protocol
 from server.services import Services
 from server.settings import Settings
 from server.summary import loading_shown, show_summary
+from server.telemetry import flush_spans
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
 
 logger = logging.getLogger("server")
 
@@ -64,9 +69,10 @@ async def serve(
     engine: EngineClient,
     signals: Signals,
     load_tokenizer: LoadTokenizer = tokenizer_of,
+    tracer_provider: TracerProvider | None = None,
 ) -> int:
     """Serve on `listener` until a signal or the engine's end; the engine has been started. Returns the exit code."""
-    app = create_app(settings, engine, keys)
+    app = create_app(settings, engine, keys, tracer_provider=tracer_provider)
     services: Services = app.state.services
     server = HttpServer(uvicorn_config(app, settings))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
@@ -77,6 +83,7 @@ async def serve(
         starting.cancel()
         server.should_exit = True
         await asyncio.gather(engine.close(), serving)
+        await flush_spans(tracer_provider)
 
 
 async def _start(services: Services, load_tokenizer: LoadTokenizer, listener: socket.socket) -> None:
