@@ -39,7 +39,7 @@ def test_a_dependency_is_pinned_inside_its_range(requirement: Requirement) -> No
 
 
 # Imported under another name than the package's; triton comes with torch's CUDA build.
-PACKAGE_OF = {"yaml": "pyyaml", "triton": "torch"}
+PACKAGE_OF = {"yaml": "pyyaml", "triton": "torch", "opentelemetry": "opentelemetry-sdk"}
 
 
 @pytest.mark.parametrize(
