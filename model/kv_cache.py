@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,12 +17,17 @@ BlockShape = Callable[[ModelConfig, int, torch.dtype], tuple[tuple[int, ...], tu
 
 @dataclass(frozen=True, slots=True)
 class PagedKVCache:
-    """`keys[layer]` and `values[layer]` are [num_blocks, *block shape of the backend]."""
+    """`keys[layer]` and `values[layer]` are [num_blocks, *block shape of the backend].
+
+    Where several models share the memory they are longer, and only the blocks `numbers` [num_blocks] of them are this
+    model's: block i of those that are handed out is `numbers[i]` to the kernels.
+    """
 
     keys: list[Tensor]
     values: list[Tensor]
     num_blocks: int
     block_size: int
+    numbers: np.ndarray | None = None
 
     @classmethod
     def allocate(

@@ -42,8 +42,10 @@ class _Way:
 class InvarianceCheck:
     """A check of one engine. `advance` until it answers, or `run`; `reset` gives its blocks back at any time."""
 
-    def __init__(self, runner: ModelRunner, block_manager: BlockManager) -> None:
+    def __init__(self, runner: ModelRunner, block_manager: BlockManager, generation: int = 0) -> None:
+        """`generation` is that of the runner's weights."""
         self._runner = runner
+        self._generation = generation
         self._blocks = block_manager
         self._sequences: list[Sequence] = []
         self._num_made = 0
@@ -132,7 +134,9 @@ class InvarianceCheck:
         self._num_made += 1
         limits, vocab_size = self._runner.limits, self._runner.model_config.vocab_size
         token_ids = [(7919 * index + 13) % vocab_size for index in range(num_tokens)]
-        seq = Sequence(-self._num_made, token_ids, SamplingParams(), (), limits.max_model_len, 0.0)
+        seq = Sequence(
+            -self._num_made, token_ids, SamplingParams(), (), limits.max_model_len, 0.0, generation=self._generation
+        )
         self._sequences.append(seq)
         return seq
 

@@ -18,11 +18,13 @@ from server.engine.config import EngineConfig
 from server.engine.invariance import InvarianceCheck
 from server.engine.messages import (
     NO,
+    UNCHECKED,
     YES,
     AddRequest,
     EngineInfo,
     EngineStats,
     ModelInfo,
+    ModelStats,
     RequestTimings,
     RequestTrace,
     SequenceOutput,
@@ -30,7 +32,8 @@ from server.engine.messages import (
     TokenLogprobs,
 )
 from server.engine.model_runner import ModelRunner, RunOutput
-from server.engine.scheduler import ScheduledBatch, Scheduler
+from server.engine.runners import Runners, load_runners
+from server.engine.scheduler import Counters, ScheduledBatch, Scheduler
 from server.engine.self_check import run_self_check
 from server.engine.sequence import InvalidSequenceError, Sequence
 
@@ -41,7 +44,7 @@ _MAX_FAILED_STEPS = 3
 
 
 class LLMEngine:
-    """The scheduler and the model runner of one checkpoint.
+    """One scheduler over the model runners of one or several checkpoints, which share the memory of the KV cache.
 
     Raises QuillError (ConfigError, CheckpointError, …) for a folder or a setting that cannot be run.
     """
@@ -49,7 +52,7 @@ class LLMEngine:
     def __init__(self, config: EngineConfig) -> None:
         started = time.monotonic()
         self.config = config
-        self.runner = ModelRunner(config)
+        self.runners = Runners(load_runners(config))
         limits = self.runner.limits
         self.block_manager = BlockManager(limits.num_blocks, limits.block_size, config.prefix_caching)
         self.scheduler = Scheduler(
@@ -59,11 +62,27 @@ class LLMEngine:
             limits.max_model_len,
             max_draft_rows=self.runner.max_draft_rows if config.speculation else 0,
         )
-        self.invariance = InvarianceCheck(self.runner, self.block_manager)
+        for name in self.runners.names[1:]:
+            self._add_generation(self.runners.current[name])
+        self._checks = [
+            InvarianceCheck(self.runners[generation], self.block_manager, generation)
+            for generation in self.runners.current.values()
+        ]
+        self._answers: list[str] = []
         self.info = self._describe(time.monotonic() - started)
         self._num_failed_steps = 0
         if config.deterministic:
             self._require_determinism()
+
+    @property
+    def runner(self) -> ModelRunner:
+        """That of the model which requests get that name none."""
+        return self.runners.first
+
+    @property
+    def invariance(self) -> InvarianceCheck:
+        """The check that is under way."""
+        return self._checks[0]
 
     @property
     def has_unfinished(self) -> bool:
@@ -71,7 +90,9 @@ class LLMEngine:
 
     def add(self, request: AddRequest) -> None:
         """Queue a request. Raises InvalidSequenceError, naming the field, for one that cannot be run."""
-        vocab_size = self.runner.model_config.vocab_size
+        generation = self.runners.generation(request.model)
+        runner = self.runners[generation]
+        vocab_size = runner.model_config.vocab_size
         ids = request.prompt_token_ids
         if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
             raise InvalidSequenceError(f"prompt holds a token id outside 0 … {vocab_size - 1}")
@@ -81,12 +102,13 @@ class LLMEngine:
             request.request_id,
             ids,
             request.params,
-            self.runner.model_config.eos_token_ids,
-            self.runner.limits.max_model_len,
+            runner.model_config.eos_token_ids,
+            runner.limits.max_model_len,
             request.arrival_time,
             request.deadline,
             request.prompt_logprobs,
             request.prompt_logprobs_start,
+            generation,
         )
         seq.pool, seq.explain = request.pool, request.explain
         if self.config.trace_requests:
@@ -102,7 +124,9 @@ class LLMEngine:
         batch = self.scheduler.schedule()
         outputs = [_finished_output(seq) for seq in batch.expired]
         if not batch.is_empty:
-            outputs += self._run(batch)
+            for generation, part in batch.by_generation():
+                outputs += self._run(part, self.runners[generation])
+        self._drop_replaced()
         return StepOutput(outputs, self.stats(), batch.num_tokens)
 
     def advance_check(self) -> bool:
@@ -112,8 +136,51 @@ class LLMEngine:
         answer = self.invariance.advance()
         if answer is None:
             return False
-        self.info = msgspec.structs.replace(self.info, deterministic=answer)
+        self._answers.append(answer)
+        if len(self._checks) > 1:
+            del self._checks[0]
+            return False
+        worst = next((each for each in (NO, UNCHECKED) if each in self._answers), YES)
+        self.info = msgspec.structs.replace(self.info, deterministic=worst)
         return True
+
+    def replace_runner(self, name: str, runner: ModelRunner) -> None:
+        """Between two steps, answer for `name` with other weights, as `runners.load_beside` loads them. Sequences that
+        have been added finish on the old ones; nothing that these computed is found by later ones.
+
+        Raises InvalidSequenceError for a name that is not served.
+        """
+        old, new = self.runners.replace(name, runner)
+        self._add_generation(new)
+        self.block_manager.retire_generation(old)
+        models = [self.describe_model(name, runner) if each.name == name else each for each in self.info.models]
+        self.info = msgspec.structs.replace(self.info, models=models)
+        self._drop_replaced()
+
+    def describe_model(self, name: str, runner: ModelRunner) -> ModelInfo:
+        """What `info` says of a model. Raises CheckpointError for a folder that changed since it was loaded."""
+        folder = Path(runner.config.model_path)
+        manifest = read_manifest(folder)
+        digest = weights_digest(folder) if manifest is None else manifest.weights
+        return ModelInfo(
+            name=name,
+            config=dataclasses.asdict(runner.model_config),
+            num_parameters=runner.num_parameters,
+            weights_digest=digest,
+            provenance={"weights": digest} if manifest is None else manifest.describe(),
+            max_model_len=runner.limits.max_model_len,
+        )
+
+    def _add_generation(self, generation: int) -> None:
+        runner = self.runners[generation]
+        self.block_manager.add_generation(generation, runner.limits.block_size)
+        drafts = runner.max_draft_rows if self.config.speculation else 0
+        self.scheduler.add_generation(generation, runner.limits.max_model_len, drafts)
+
+    def _drop_replaced(self) -> None:
+        for generation in self.runners.replaced:
+            if not any(self.scheduler.count_unfinished(generation)):
+                self.runners.drop(generation)
 
     def stats(self) -> EngineStats:
         scheduler, blocks = self.scheduler, self.block_manager
@@ -132,28 +199,47 @@ class LLMEngine:
             spec_decode_num_drafts=total.num_drafts,
             spec_decode_num_draft_tokens=total.num_draft_tokens,
             spec_decode_num_accepted_tokens=total.num_accepted_tokens,
+            models=[self._model_stats(name) for name in self.runners.names] if len(self.runners.names) > 1 else [],
         )
 
-    def _run(self, batch: ScheduledBatch) -> list[SequenceOutput]:
+    def _model_stats(self, name: str) -> ModelStats:
+        total, num_running, num_waiting = Counters(), 0, 0
+        for generation in self.runners.generations(name):
+            total.add(self.scheduler.counters[generation])
+            running, waiting = self.scheduler.count_unfinished(generation)
+            num_running, num_waiting = num_running + running, num_waiting + waiting
+        return ModelStats(
+            name,
+            num_running=num_running,
+            num_waiting=num_waiting,
+            num_preemptions=total.num_preemptions,
+            prompt_tokens=total.prompt_tokens,
+            generation_tokens=total.generation_tokens,
+            spec_decode_num_drafts=total.num_drafts,
+            spec_decode_num_draft_tokens=total.num_draft_tokens,
+            spec_decode_num_accepted_tokens=total.num_accepted_tokens,
+        )
+
+    def _run(self, batch: ScheduledBatch, runner: ModelRunner) -> list[SequenceOutput]:
         try:
-            result = self.runner.run(batch)
+            result = runner.run(batch)
         except Exception as error:
             if not self._is_survivable(error):
                 raise
             logger.exception("a step of %d tokens failed; its requests are run one by one", batch.num_tokens)
-            return self._run_one_by_one(batch)
+            return self._run_one_by_one(batch, runner)
         self._num_failed_steps = 0
         return self._take(batch, result)
 
-    def _run_one_by_one(self, batch: ScheduledBatch) -> list[SequenceOutput]:
+    def _run_one_by_one(self, batch: ScheduledBatch, runner: ModelRunner) -> list[SequenceOutput]:
         """After a step that failed: whoever fails alone too is ended, the others lose nothing."""
         outputs: list[SequenceOutput] = []
         num_failed = 0
         for row, seq in enumerate(batch.sequences):
-            self.runner.forget_sampling()
+            runner.forget_sampling()
             alone = batch.row(row)
             try:
-                outputs += self._take(alone, self.runner.run(alone))
+                outputs += self._take(alone, runner.run(alone))
             except Exception as error:
                 if not self._is_survivable(error):
                     raise
@@ -161,7 +247,7 @@ class LLMEngine:
                 self.scheduler.abort(seq.request_id, "error")
                 outputs.append(_finished_output(seq))
                 num_failed += 1
-        self.runner.forget_sampling()
+        runner.forget_sampling()
         self._num_failed_steps = self._num_failed_steps + 1 if num_failed == len(batch.sequences) else 0
         return outputs
 
@@ -199,20 +285,15 @@ class LLMEngine:
             raise ConfigError("deterministic cannot be checked: raise max_num_seqs to 4, max_num_batched_tokens to 64")
 
     def _describe(self, load_seconds: float) -> EngineInfo:
-        runner, limits, folder = self.runner, self.runner.limits, Path(self.config.model_path)
-        manifest = read_manifest(folder)
-        digest = weights_digest(folder) if manifest is None else manifest.weights
-        expected = None if manifest is None else manifest.self_check
-        model = ModelInfo(
-            name=self.config.model_name,
-            config=dataclasses.asdict(runner.model_config),
-            num_parameters=runner.num_parameters,
-            weights_digest=digest,
-            provenance={"weights": digest} if manifest is None else manifest.describe(),
-            self_check=run_self_check(runner, expected, self.config.quantization),
-        )
+        runner, limits = self.runner, self.runner.limits
+        models = []
+        for name, generation in self.runners.current.items():
+            each = self.runners[generation]
+            manifest = read_manifest(Path(each.config.model_path))
+            check = run_self_check(each, manifest and manifest.self_check, self.config.quantization)
+            models.append(msgspec.structs.replace(self.describe_model(name, each), self_check=check))
         return EngineInfo(
-            models=[model],
+            models=models,
             device=runner.device.type,
             device_name=runner.device_name,
             dtype=str(runner.dtype).removeprefix("torch."),

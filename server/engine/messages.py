@@ -29,7 +29,8 @@ class Explain(msgspec.Struct, frozen=True, array_like=True):
 
 
 class AddRequest(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """`prompt_logprobs`, its start, `pool` and `explain` are those of `server.engine.sequence.Sequence`."""
+    """`prompt_logprobs`, its start, `pool` and `explain` are those of `server.engine.sequence.Sequence`. `model` is the
+    name of one of the engine's models, None for the first."""
 
     request_id: int
     prompt_token_ids: list[int]
@@ -40,6 +41,7 @@ class AddRequest(msgspec.Struct, frozen=True, array_like=True, tag=True):
     prompt_logprobs_start: int = 1
     pool: int = 0
     explain: Explain | None = None
+    model: str | None = None
 
 
 class AbortRequests(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -134,8 +136,23 @@ class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
     explained: list[TokenExplanation] | None = None
 
 
+class ModelStats(msgspec.Struct, frozen=True, array_like=True):
+    """One model's part of EngineStats, under the same names."""
+
+    name: str
+    num_running: int = 0
+    num_waiting: int = 0
+    num_preemptions: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    spec_decode_num_drafts: int = 0
+    spec_decode_num_draft_tokens: int = 0
+    spec_decode_num_accepted_tokens: int = 0
+
+
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):
-    """A snapshot after a step. Gauges are current, the rest count from the engine's start."""
+    """A snapshot after a step. Gauges are current, the rest count from the engine's start. `models` has an entry for
+    each where there are several."""
 
     num_running: int = 0
     num_waiting: int = 0
@@ -150,6 +167,7 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     spec_decode_num_drafts: int = 0
     spec_decode_num_draft_tokens: int = 0
     spec_decode_num_accepted_tokens: int = 0
+    models: list[ModelStats] = []
 
 
 class StepOutput(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -182,6 +200,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
     task: str = GENERATION
     labels: list[str] = []
     pad_token_id: int | None = None
+    max_model_len: int | None = None
     self_check: SelfCheckResult = SelfCheckResult()
 
 

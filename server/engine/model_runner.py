@@ -25,6 +25,7 @@ from server.engine.messages import TokenLogprobs
 from server.engine.prompt_scoring import PromptScorer
 from server.engine.scheduler import ScheduledBatch
 from server.engine.sequence import Sequence
+from server.engine.shared_cache import CacheRoom
 from server.engine.sizing import device_name, resolve_device, resolve_dtype, resolve_limits, resolve_threads
 from server.engine.step_inputs import InputBuilder, StepInputs
 
@@ -40,19 +41,21 @@ class RunOutput:
 
 
 class ModelRunner:
-    """Loads the checkpoint and owns everything on the device.
+    """Loads the checkpoint and owns everything on the device, but for the cache where it gets `room` in one.
 
     Raises ConfigError or CheckpointError for a folder or a setting that cannot be run.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, room: CacheRoom | None = None) -> None:
+        self.config = config
         folder = Path(config.model_path)
         self.device = resolve_device(config.device)
         if self.device.type == "cuda" and self.device.index is not None:
             torch.cuda.set_device(self.device)  # kernels are launched on the current device
         self.dtype = resolve_dtype(config.dtype, self.device)
         self.model_config = load_config(folder)
-        torch.set_num_threads(resolve_threads(config.num_threads, self.model_config))
+        self._num_threads = resolve_threads(config.num_threads, self.model_config)
+        torch.set_num_threads(self._num_threads)
         self.backend = select_backend(
             config.attention_backend,
             self.model_config,
@@ -65,16 +68,8 @@ class ModelRunner:
         self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
         if config.deterministic and self.device.type == "cuda":
             fix_product_shapes(self.model)
-        block_bytes = bytes_per_block(self.model_config, self.backend.block_shape, config.block_size, self.dtype)
-        self.limits = resolve_limits(config, self.model_config, self.device, block_bytes)
-        self.cache = PagedKVCache.allocate(
-            self.model_config,
-            self.backend.block_shape,
-            num_blocks=self.limits.num_blocks,
-            block_size=self.limits.block_size,
-            dtype=self.dtype,
-            device=self.device,
-        )
+        room = room or self._allocate_cache(config)
+        self.cache, self.limits = room.cache, room.limits
         self._decoder = self._pack(config)
         self.sampler = Sampler(
             self.model_config.vocab_size,
@@ -89,11 +84,25 @@ class ModelRunner:
             self.limits.block_size,
             self.device,
             needs_slots=self._decoder is None,
+            numbers=self.cache.numbers,
         )
         self._scorer = PromptScorer(self.model_config.vocab_size, self.device)
         self._sampling: SamplingBatch | None = None
         self._sampling_key: list[int] = []
         self._graphs = CUDAGraphRunner.create(self) if config.cuda_graphs else None
+
+    def _allocate_cache(self, config: EngineConfig) -> CacheRoom:
+        block_bytes = bytes_per_block(self.model_config, self.backend.block_shape, config.block_size, self.dtype)
+        limits = resolve_limits(config, self.model_config, self.device, block_bytes)
+        cache = PagedKVCache.allocate(
+            self.model_config,
+            self.backend.block_shape,
+            num_blocks=limits.num_blocks,
+            block_size=limits.block_size,
+            dtype=self.dtype,
+            device=self.device,
+        )
+        return CacheRoom(cache, limits)
 
     def _pack(self, config: EngineConfig) -> CPUDecoder | None:
         """On the CPU, the model's weights laid out for its kernels; None where torch's operators run it.
@@ -154,6 +163,8 @@ class ModelRunner:
     ) -> tuple[torch.Tensor | None, dict[int, list[TokenLogprobs]]]:
         """Logits [samples, V] of the rows that are to be sampled, or None if there are none; and, by request id, the
         log-probabilities of the prompts' tokens that are scored."""
+        if torch.get_num_threads() != self._num_threads:  # another model's
+            torch.set_num_threads(self._num_threads)
         if self._graphs is not None and self._graphs.can_replay(batch):
             return self._graphs.replay(inputs), {}
         hidden, score = self.hidden_states(inputs), inputs.score

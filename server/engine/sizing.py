@@ -97,7 +97,7 @@ def resolve_limits(config: EngineConfig, model: ModelConfig, device: torch.devic
     needed = -(-max_model_len // config.block_size)
     if config.kv_cache_memory is None:
         wanted = _CONTEXTS * needed
-        num_blocks = max(needed, min(wanted, _affordable_memory(device) // block_bytes))
+        num_blocks = max(needed, min(wanted, affordable_memory(device) // block_bytes))
     else:
         num_blocks = config.kv_cache_memory // block_bytes
         if num_blocks < needed:
@@ -127,7 +127,7 @@ def device_name(device: torch.device) -> str:
     return f"cpu ({torch.get_num_threads()} threads)"
 
 
-def _affordable_memory(device: torch.device) -> int:
+def affordable_memory(device: torch.device) -> int:
     """Bytes that the cache may take unasked: a fixed cap, and on a card at most half of what is free."""
     most = _MOST_MEMORY[device.type]
     if device.type == "cuda":

@@ -47,10 +47,13 @@ class InputBuilder:
     """Builds each step's inputs; block tables are kept between steps and only extended while the batch stays."""
 
     def __init__(
-        self, max_num_seqs: int, max_blocks: int, block_size: int, device: torch.device, *, needs_slots: bool = True
-    ) -> None:
-        """Without `needs_slots`, the slot mapping is left empty and no padding is added."""
+        self, max_num_seqs: int, max_blocks: int, block_size: int, device: torch.device, *, needs_slots: bool = True,
+        numbers: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
+        """Without `needs_slots`, the slot mapping is left empty and no padding is added. `numbers` are the cache's
+        (see PagedKVCache)."""
         self.block_size = block_size
+        self._numbers = numbers
         self._needs_slots = needs_slots
         self._transfer = None if device.type == "cpu" else HostToDevice(device)
         self._tables = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
@@ -124,7 +127,8 @@ class InputBuilder:
             key = (seq.request_id, seq.num_preemptions, len(seq.block_table))
             keys.append(key)
             if row >= len(known) or known[row] != key:
-                self._tables[row, : key[2]] = seq.block_table
+                blocks = seq.block_table
+                self._tables[row, : key[2]] = blocks if self._numbers is None else self._numbers[blocks]
         self._known = keys
         widest = max(key[2] for key in keys)
         return self._tables[: len(sequences), :widest]
