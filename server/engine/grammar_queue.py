@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from concurrent.futures import Future
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import TYPE_CHECKING
 
 from server.engine.grammar_compiler import GrammarCompiler, GrammarError
 from server.engine.sequence import Sequence
@@ -15,22 +16,20 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Clock(Protocol):
-    def __call__(self) -> float: ...
-
-
 class GrammarQueue:
     """`add` takes sequences in, `take` gives back those whose turn it is."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._waiting: dict[int, tuple[Sequence, GrammarCompiler, Future[llguidance.LLMatcher]]] = {}
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def __contains__(self, request_id: int) -> bool:
-        return request_id in self._waiting
+    @property
+    def generations(self) -> set[int]:
+        """The weights that its sequences will need."""
+        return {seq.generation for seq, _, _ in self._waiting.values()}
 
     def add(self, seq: Sequence, compiler: GrammarCompiler) -> None:
         """`seq` has a grammar in its parameters."""
@@ -42,12 +41,14 @@ class GrammarQueue:
         entry = self._waiting.pop(request_id, None)
         return None if entry is None else entry[0]
 
-    def take(self) -> tuple[list[Sequence], list[Sequence]]:
-        """Sequences that can be scheduled, with their matchers, and those that cannot and have a finish_reason."""
+    def take(self, timeout: float) -> tuple[list[Sequence], list[Sequence]]:
+        """Sequences that can be scheduled, with their matchers, and those that cannot and have a finish_reason; after
+        up to `timeout` seconds in which there is none of either."""
         ready: list[Sequence] = []
         ended: list[Sequence] = []
         if not self._waiting:
             return ready, ended
+        wait([future for _, _, future in self._waiting.values()], timeout, FIRST_COMPLETED)
         now = self._clock()
         for request_id, (seq, compiler, future) in list(self._waiting.items()):
             if seq.deadline is not None and seq.deadline <= now:

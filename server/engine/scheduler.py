@@ -182,7 +182,7 @@ class Scheduler:
 
     def update(self, batch: ScheduledBatch, sampled: list[int | None]) -> list[SequenceUpdate]:
         """Take in a step's result: `sampled` holds, in order, one token id for each row with `needs_sample` and each
-        token of a draft, or None where drawing it failed, which ends that sequence with finish_reason "error".
+        token of a draft, or None where drawing it failed, which ends that sequence with its `failure` as finish_reason.
 
         Returns the sequences that got a token, that were scored in part or that ended. Rows aborted since `schedule`
         are passed over.
@@ -307,7 +307,7 @@ class Scheduler:
 
     def _take_token(self, seq: Sequence, token_id: int | None, now: float) -> SequenceUpdate:
         if token_id is None:
-            self._finish(seq, "error", now)
+            self._finish(seq, seq.failure, now)
             return seq, [], True
         if not seq.first_token:
             seq.first_token = now
@@ -359,10 +359,7 @@ class Scheduler:
         self._running.pop(seq.request_id, None)
         self._waiting.remove(seq.request_id)
         self.block_manager.free(seq)
-        seq.num_scheduled_tokens = 0
-        seq.status = SequenceStatus.FINISHED
-        seq.finish_reason = finish_reason
-        seq.finished = now
+        seq.end(finish_reason, now)
 
     def _expire(self, now: float) -> list[Sequence]:
         """Finish the sequences whose deadline has passed."""

@@ -85,8 +85,8 @@ class Sequence:
         "arrival_time", "block_contents", "block_table", "cache_epoch", "cached_tokens", "deadline", "draft",
         "eos_token_ids", "explain", "finish_reason", "finished", "first_scheduled", "first_token", "generation",
         "grammar", "keeps_last", "lookup", "max_num_tokens", "next_cache_boundary", "num_cached_blocks",
-        "num_computed_tokens", "num_preemptions", "num_prompt_tokens", "num_scheduled_tokens", "params", "pool", "prompt_score",
-        "request_id", "score_only", "status", "stop_ids", "stop_token_id", "token_ids", "trace",
+        "num_computed_tokens", "num_preemptions", "num_prompt_tokens", "num_scheduled_tokens", "params", "pool",
+        "prompt_score", "request_id", "score_only", "status", "stop_ids", "stop_token_id", "token_ids", "trace",
     )  # fmt: skip
 
     def __init__(
