@@ -1,220 +1,21 @@
-/* The forward pass of a decoder-only transformer on the CPU: a step's embeddings, layers and logits in one parallel
- * region each, so that a step of one token costs little more than reading the weights once.
+/* The forward pass of a decoder-only transformer on the CPU: a step's embeddings and layers in one parallel region,
+ * its logits in another, so that a step of one token costs little more than reading the weights once.
  *
  * Every row's arithmetic runs in one fixed order, whatever rows share the step, the tile or the threads.
  */
 
 #ifdef __linux__
 #include <linux/futex.h>
-#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #else
 #include <sched.h>
 #endif
 
+#include "decoder_types.h"
 #include "paged_step.h"
 
-#define PANEL 32         /* output features that are computed together */
-#define GROUP 128        /* inputs that share a scale in eight bits */
-#define MAX_TILE_ROWS 12 /* rows that are computed together, at most */
-#define MAX_HEAD_DIM 512
 #define SPINS 2000 /* looks at a barrier before the core is left to others: about the time that waking up takes */
-
-typedef int8_t v16b_u __attribute__((vector_size(16), aligned(1), may_alias));
-
-enum { ELEMENTS, ADDED, FLOATS };
-
-/* Packed weights of one product; see matmul.h and matmul_int8.h. `bias` is [panels * 32] or null. */
-typedef struct {
-    const void *weights;
-    const float *scales, *bias;
-    int64_t panels, steps, groups;
-} matrix;
-
-typedef struct {
-    const float *scale, *bias; /* [hidden_stride]; bias may be null */
-} norm;
-
-typedef struct {
-    matrix qkv, o, up, down;
-    norm attn_norm, mlp_norm;
-    const float *q_norm, *k_norm; /* [head_dim] or null */
-    void *key_cache, *value_cache;
-} layer;
-
-/* A model and the memory of its steps. Mirrored by `_Decoder` in model/cpu_decoder.py. Strides are in elements.
- * `embedding` [vocabulary][hidden_stride] is null when the packed head serves as one. `cosine` and `sine` are
- * [max_seq_len][angle_stride] or null, `position_table` is [max_seq_len][hidden_stride] or null. */
-typedef struct {
-    const layer *layers;
-    matrix head;
-    norm final_norm; /* scale is null without one */
-    const void *embedding, *position_table;
-    const float *cosine, *sine;
-    float *x;                       /* [rows][hidden_stride] */
-    void *input, *qkv, *attended, *inner; /* [rows][their strides] */
-    void *bytes;                    /* int8: [rows][bytes_stride] */
-    float *row_scales;              /* int8: [rows][most groups] */
-    int32_t *row_starts;
-    int64_t num_layers, hidden_size, hidden_stride, qkv_stride, q_size, inner_stride, bytes_stride, angle_stride;
-    int64_t vocab_size, max_seq_len, num_heads, num_kv_heads, head_dim, block_size, window, max_rows;
-    float norm_eps;
-    int32_t weights, is_rms_norm, is_norm_first, is_gated, activation;
-} decoder;
-
-/* One step, mirrored by `_DecoderStep`. `rows` lists, in ascending order, whose hidden states are wanted; `output` is
- * [num_rows][hidden_stride] elements. */
-typedef struct {
-    const int64_t *input_ids, *positions, *rows;
-    const int32_t *cu_seqlens_q, *context_lens, *block_tables;
-    void *output;
-    int64_t num_tokens, num_rows, num_seqs, max_blocks;
-    int32_t num_threads;
-} decoder_step;
-
-typedef struct {
-    const matrix *matrix;
-    const void *input;
-    int64_t stride; /* of the input, in 32-bit steps */
-    const float *row_scales;
-    const int32_t *row_starts;
-    void *output;
-    int64_t output_stride, rows;
-    int result, activation, is_gated;
-} product;
-
-static inline int64_t pair_of(int weights) { return weights == FLOAT32 ? 1 : weights == BFLOAT16 ? 2 : 4; }
-
-/* One output feature's weights as floats; the padding up to a whole panel becomes zero. */
-static void unpack_row(const matrix *m, int weights, int64_t feature, float *out, int64_t n) {
-    const int64_t pair = pair_of(weights), panel = feature / PANEL;
-    const uint32_t *at = (const uint32_t *)m->weights + panel * m->steps * PANEL + feature % PANEL;
-    for (int64_t i = 0; i < (n + PANEL - 1) / PANEL * PANEL; i++) {
-        const uint32_t word = i < n ? at[i / pair * PANEL] : 0;
-        const union { uint32_t u; float f; } value = {
-            weights == FLOAT32 ? word : i % 2 ? word & 0xffff0000u : word << 16};
-        out[i] = value.f;
-        if (weights == INT8 && i < n) {
-            const float scale = m->scales[(panel * m->groups + i / GROUP) * PANEL + feature % PANEL];
-            out[i] = (float)((int)(word >> i % 4 * 8 & 0xff) - 128) * scale;
-        } else if (weights == INT8) {
-            out[i] = 0;
-        }
-    }
-}
-
-#define KERNELS "matmul.h"
-#include "variants.h"
-#define KERNELS "decoder.h"
-#include "variants.h"
-
-static inline __attribute__((always_inline)) v16i dot_int8(v16i acc, v16u weights, uint32_t scalar) {
-    for (int byte = 0; byte < 4; byte++)
-        acc += (v16i)(weights >> 8 * byte & 0xff) * (int32_t)(int8_t)(scalar >> 8 * byte);
-    return acc;
-}
-
-#define DOT_INT8 dot_int8
-#define ROWS_INT8 2
-#define NAME(x) x##_int8_base
-#include "matmul_int8.h"
-#undef NAME
-#ifdef HAVE_X86_VARIANTS
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#define NAME(x) x##_int8_avx2
-#include "matmul_int8.h"
-#undef NAME
-#pragma GCC pop_options
-#undef DOT_INT8
-#undef ROWS_INT8
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,prefer-vector-width=512")
-#define DOT_INT8(acc, w, s) \
-    ((v16i)_mm512_dpbusd_epi32((__m512i)(acc), (__m512i)(w), _mm512_set1_epi32((int32_t)(s))))
-#define ROWS_INT8 12
-#define NAME(x) x##_int8_avx512
-#include "matmul_int8.h"
-#undef NAME
-#pragma GCC pop_options
-#endif
-#undef DOT_INT8
-#undef ROWS_INT8
-
-typedef struct {
-    void (*embed_row)(const decoder *, const decoder_step *, int64_t);
-    void (*normalise)(const decoder *, const norm *, const float *, float *);
-    void (*narrow_row)(const float *, void *, int64_t);
-    void (*quantise_row)(const void *, int64_t, int8_t *, float *, int32_t *);
-    void (*turn_row)(const decoder *, const layer *, const decoder_step *, int64_t);
-    void (*finish_tile)(const product *, int64_t, int64_t, int, const float *);
-} row_kernels;
-
-typedef struct {
-    int most_rows;
-    void (*multiply_tile)(const product *, int64_t, int64_t, int, float *);
-} tile_kernel;
-
-#define ROW_KERNELS(s) {embed_row_##s, normalise_##s, narrow_row_##s, quantise_row_##s, turn_row_##s, finish_tile_##s}
-static const row_kernels ROW_VARIANTS[2][3] = {
-    {
-        ROW_KERNELS(f32_base),
-#ifdef HAVE_X86_VARIANTS
-        ROW_KERNELS(f32_avx2), ROW_KERNELS(f32_avx512),
-#endif
-    },
-    {
-        ROW_KERNELS(bf16_base),
-#ifdef HAVE_X86_VARIANTS
-        ROW_KERNELS(bf16_avx2), ROW_KERNELS(bf16_avx512),
-#endif
-    },
-};
-static const tile_kernel TILE_VARIANTS[3][3] = {
-    {
-        {2, multiply_tile_f32_base},
-#ifdef HAVE_X86_VARIANTS
-        {2, multiply_tile_f32_avx2}, {12, multiply_tile_f32_avx512},
-#endif
-    },
-    {
-        {2, multiply_tile_bf16_base},
-#ifdef HAVE_X86_VARIANTS
-        {2, multiply_tile_bf16_avx2}, {12, multiply_tile_bf16_avx512},
-#endif
-    },
-    {
-        {2, multiply_tile_int8_base},
-#ifdef HAVE_X86_VARIANTS
-        {2, multiply_tile_int8_avx2}, {12, multiply_tile_int8_avx512},
-#endif
-    },
-};
-static row_kernels row_variants[3]; /* by the weights' type */
-static tile_kernel tile_variants[3];
-
-void quill_choose_decoder(int most) {
-    for (int weights = FLOAT32; weights <= INT8; weights++) {
-        const int element = weights == FLOAT32 ? FLOAT32 : BFLOAT16;
-        row_variants[weights] = ROW_VARIANTS[element][quill_instruction_set(element, most)];
-        tile_variants[weights] = TILE_VARIANTS[weights][quill_instruction_set(weights, most)];
-    }
-}
-
-/* Rows that share one pass over weights of this type. */
-int quill_tile_rows(int weights) { return tile_variants[weights].most_rows; }
-
-/* Ask for huge pages behind [address, address + size), where the system knows them. */
-void quill_huge_pages(void *address, int64_t size) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    const uintptr_t first = ((uintptr_t)address + 4095) / 4096 * 4096;
-    const uintptr_t last = ((uintptr_t)address + (uintptr_t)size) / 4096 * 4096;
-    if (last > first) madvise((void *)first, last - first, MADV_HUGEPAGE);
-#else
-    (void)address, (void)size;
-#endif
-}
 
 typedef struct {
     const decoder *model;
@@ -262,8 +63,8 @@ static void finish_phase(job *j, int threads) {
 
 /* Units are panels, or a panel's share of the rows where panels are few for the threads. */
 static void multiply(job *j, int threads, const product *p) {
-    const tile_kernel *kernel = &tile_variants[j->model->weights];
-    const row_kernels *rows = &row_variants[j->model->weights];
+    const tile_kernel *kernel = &quill_tile_kernels[j->model->weights];
+    const row_kernels *rows = &quill_row_kernels[j->model->weights];
     const int64_t panels = p->matrix->panels, most = kernel->most_rows;
     const int64_t share = panels < 8 * (int64_t)threads && p->rows > 4 * most ? 4 * most : p->rows;
     const int64_t shares = share ? (p->rows + share - 1) / share : 0;
@@ -296,7 +97,7 @@ static product make_product(const decoder *m, const matrix *w, const void *input
 }
 
 static void quantise(const decoder *m, const matrix *w, const void *input, int64_t stride, int64_t n, int64_t row) {
-    row_variants[m->weights].quantise_row((const char *)input + row * stride * (int64_t)element_size(m), n,
+    quill_row_kernels[m->weights].quantise_row((const char *)input + row * stride * (int64_t)element_size(m), n,
                                           (int8_t *)m->bytes + row * m->bytes_stride, m->row_scales + row * w->groups,
                                           m->row_starts + row * w->groups);
 }
@@ -313,7 +114,7 @@ static void quantise_all(job *j, int threads, const matrix *w, const void *input
 /* m->input = what the product `w` reads of x: normalised, or as it is where norms come after. */
 static void prepare(job *j, int threads, const norm *weights, const matrix *w, int64_t rows) {
     const decoder *m = j->model;
-    const row_kernels *kernels = &row_variants[m->weights];
+    const row_kernels *kernels = &quill_row_kernels[m->weights];
     FOR_EACH(row, rows) {
         const float *x = m->x + row * m->hidden_stride;
         char *out = (char *)m->input + row * m->hidden_stride * (int64_t)element_size(m);
@@ -336,7 +137,7 @@ static void normalise_in_place(job *j, int threads, const norm *weights, int64_t
     const decoder *m = j->model;
     FOR_EACH(row, rows) {
         float *x = m->x + row * m->hidden_stride;
-        row_variants[m->weights].normalise(m, weights, x, x);
+        quill_row_kernels[m->weights].normalise(m, weights, x, x);
     }
     finish_phase(j, threads);
 }
@@ -378,7 +179,7 @@ static void run_layer(job *j, int threads, const layer *l, int is_last) {
     q.output_stride = m->qkv_stride;
     multiply(j, threads, &q);
     if (m->cosine || l->q_norm) {
-        FOR_EACH(row, rows) row_variants[m->weights].turn_row(m, l, p, row);
+        FOR_EACH(row, rows) quill_row_kernels[m->weights].turn_row(m, l, p, row);
         finish_phase(j, threads);
     }
     attend(j, threads, l);
@@ -418,7 +219,7 @@ static void run_step(void *data) {
     const decoder *m = j->model;
     const decoder_step *p = j->step;
     const int threads = team_size();
-    const row_kernels *kernels = &row_variants[m->weights];
+    const row_kernels *kernels = &quill_row_kernels[m->weights];
     FOR_EACH(row, p->num_tokens) kernels->embed_row(m, p, row);
     finish_phase(j, threads);
     for (int64_t i = 0; i < m->num_layers; i++) run_layer(j, threads, &m->layers[i], i == m->num_layers - 1);
@@ -502,94 +303,4 @@ int quill_decoder_logits(const decoder *m, const decoder_step *p, float *logits)
     head.result = FLOATS;
     job j = {.model = m, .step = p, .alone = &head};
     return run(&j, run_logits, p->num_threads);
-}
-
-/* Packing. `source` is [features][columns] in float32, or bfloat16 if so marked; `order` names, for each packed feature,
- * the source's, or -1 for none. */
-typedef struct {
-    const void *source;
-    const int64_t *order;
-    void *packed;
-    float *scales;
-    int64_t columns, panels, steps, groups;
-    int32_t weights, is_bfloat16, num_threads;
-} packing;
-
-typedef struct {
-    const packing *p;
-    atomic_llong next;
-} packing_job;
-
-static float source_value(const packing *p, int64_t feature, int64_t column) {
-    if (feature < 0 || column >= p->columns) return 0;
-    const int64_t at = feature * p->columns + column;
-    if (!p->is_bfloat16) return ((const float *)p->source)[at];
-    const union { uint32_t u; float f; } value = {(uint32_t)((const uint16_t *)p->source)[at] << 16};
-    return value.f;
-}
-
-/* A feature's words of one or two values, each PANEL words behind the last. */
-static void pack_feature(const packing *p, int64_t feature, uint32_t *out) {
-    const int64_t pair = pair_of(p->weights), size = 4 / pair;
-    const char *row = (const char *)p->source + feature * p->columns * size;
-    for (int64_t step = 0; step < p->steps; step++) {
-        uint32_t word = 0;
-        if (feature >= 0 && (step + 1) * pair <= p->columns)
-            memcpy(&word, row + step * 4, 4);
-        else if (feature >= 0)
-            memcpy(&word, row + step * 4, 2);
-        out[step * PANEL] = word;
-    }
-}
-
-static void pack_feature_int8(const packing *p, int64_t panel, int64_t lane) {
-    const int64_t feature = p->order[panel * PANEL + lane];
-    uint8_t *out = (uint8_t *)p->packed + (panel * p->steps * PANEL + lane) * 4;
-    for (int64_t group = 0; group < p->groups; group++) {
-        const int64_t first = group * GROUP, left = p->steps * 4 - first, count = left < GROUP ? left : GROUP;
-        float top = 0;
-        for (int64_t i = first; i < first + count; i++) {
-            const float size = fabsf(source_value(p, feature, i));
-            top = size > top ? size : top;
-        }
-        const float inverse = top > 0 ? 127.0f / top : 0.0f;
-        p->scales[(panel * p->groups + group) * PANEL + lane] = top / 127.0f;
-        for (int64_t i = first; i < first + count; i++) {
-            const float q = source_value(p, feature, i) * inverse;
-            out[i / 4 * PANEL * 4 + i % 4] = (uint8_t)(128 + (int)(q < 0 ? q - 0.5f : q + 0.5f));
-        }
-    }
-}
-
-static void pack_panels(void *data) {
-    packing_job *job = data;
-    const packing *p = job->p;
-    for (;;) {
-        const int64_t panel = atomic_fetch_add(&job->next, 1);
-        if (panel >= p->panels) return;
-        for (int64_t lane = 0; lane < PANEL; lane++) {
-            if (p->weights == INT8) {
-                pack_feature_int8(p, panel, lane);
-                continue;
-            }
-            uint32_t *out = (uint32_t *)p->packed + panel * p->steps * PANEL + lane;
-            pack_feature(p, p->order[panel * PANEL + lane], out);
-        }
-    }
-}
-
-/* What the caller's mirrors must measure: the decoder's, a layer's, a step's, a packing's. */
-int64_t quill_decoder_sizes(int which) {
-    const int64_t sizes[] = {sizeof(decoder), sizeof(layer), sizeof(decoder_step), sizeof(packing)};
-    return sizes[which];
-}
-
-/* Lay weights out as matmul.h and matmul_int8.h want them. The source of bfloat16 weights must be bfloat16, that of
- * float32 weights float32. */
-void quill_pack(const packing *p) {
-    packing_job job = {.p = p};
-    if (quill_run_parallel && p->num_threads > 1)
-        quill_run_parallel(pack_panels, &job, (unsigned)p->num_threads, 0);
-    else
-        pack_panels(&job);
 }
