@@ -15,6 +15,7 @@ from model.errors import ConfigError
 from model.manifest import read_manifest, weights_digest
 from server.engine.block_manager import BlockManager
 from server.engine.config import EngineConfig
+from server.engine.grammar_queue import GrammarQueue
 from server.engine.invariance import InvarianceCheck
 from server.engine.messages import (
     NO,
@@ -39,6 +40,8 @@ from server.engine.sequence import InvalidSequenceError, Sequence
 
 logger = logging.getLogger(__name__)
 
+# Seconds to wait for a grammar in a step that has nothing else to do; requests that arrive wait with it.
+_GRAMMAR_WAIT = 0.005
 # Steps in a row in which every request failed; then something is wrong with more than the requests.
 _MAX_FAILED_STEPS = 3
 
@@ -62,6 +65,7 @@ class LLMEngine:
             limits.max_model_len,
             max_draft_rows=self.runner.max_draft_rows if config.speculation else 0,
         )
+        self._grammars = GrammarQueue(time.monotonic)
         for name in self.runners.names[1:]:
             self._add_generation(self.runners.current[name])
         self._checks = [
@@ -86,7 +90,7 @@ class LLMEngine:
 
     @property
     def has_unfinished(self) -> bool:
-        return self.scheduler.has_unfinished
+        return self.scheduler.has_unfinished or len(self._grammars) > 0
 
     def add(self, request: AddRequest) -> None:
         """Queue a request. Raises InvalidSequenceError, naming the field, for one that cannot be run."""
@@ -113,21 +117,33 @@ class LLMEngine:
         seq.pool, seq.explain = request.pool, request.explain
         if self.config.trace_requests:
             seq.trace = RequestTrace()
-        self.scheduler.add(seq)
+        if request.params.grammar is None or seq.score_only:
+            self.scheduler.add(seq)
+        else:
+            self._grammars.add(seq, runner.grammars)
 
     def abort(self, request_id: int) -> None:
         """End a request in any state; its blocks are free at once. Harmless for unknown ids."""
+        self._grammars.discard(request_id)
         self.scheduler.abort(request_id)
 
     def step(self) -> StepOutput:
         """Run one step. Requests that ended or got tokens are in its outputs."""
+        ended = self._admit_grammars()
         batch = self.scheduler.schedule()
-        outputs = [_finished_output(seq) for seq in batch.expired]
+        outputs = [_finished_output(seq) for seq in [*ended, *batch.expired]]
         if not batch.is_empty:
             for generation, part in batch.by_generation():
                 outputs += self._run(part, self.runners[generation])
         self._drop_replaced()
         return StepOutput(outputs, self.stats(), batch.num_tokens)
+
+    def _admit_grammars(self) -> list[Sequence]:
+        """Queue the sequences whose grammars are compiled; those that ended before their turn."""
+        ready, ended = self._grammars.take(0.0 if self.scheduler.has_unfinished else _GRAMMAR_WAIT)
+        for seq in ready:
+            self.scheduler.add(seq)
+        return ended
 
     def advance_check(self) -> bool:
         """Run one step of the check whether tokens depend on their load, between requests only: the engine must have
@@ -179,7 +195,7 @@ class LLMEngine:
 
     def _drop_replaced(self) -> None:
         for generation in self.runners.replaced:
-            if not any(self.scheduler.count_unfinished(generation)):
+            if generation not in self._grammars.generations and not any(self.scheduler.count_unfinished(generation)):
                 self.runners.drop(generation)
 
     def stats(self) -> EngineStats:
@@ -334,6 +350,7 @@ def _output(
         token_ids=token_ids,
         finish_reason=seq.finish_reason if finished else None,
         stop_token_id=seq.stop_token_id,
+        keeps_last=finished and seq.keeps_last,
         cached_tokens=seq.cached_tokens,
         logprobs=logprobs,
         timings=_timings(seq) if finished or seq.trace is not None or _is_first(seq, token_ids) else None,

@@ -115,10 +115,11 @@ class TokenExplanation(msgspec.Struct, frozen=True, array_like=True):
 
 
 class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
-    """New tokens of one request. `finish_reason` (stop, length, deadline, abort, error) is set on the last one.
+    """New tokens of one request. `finish_reason` is set on the last one: see server/engine/sequence.py.
 
     A stop token or EOS that ended the sequence is among `token_ids`; `stop_token_id` names it
-    when it came from `stop_token_ids` and is None for EOS. A classifier gives `scores`, the labels' probabilities.
+    when it came from `stop_token_ids` and is None for EOS. With `keeps_last` a grammar's end ended the sequence, and
+    its last token is text. A classifier gives `scores`, the labels' probabilities.
     `prompt_logprobs` are those of the prompt's next tokens: they arrive in order, over several outputs that may have
     no token, and all before the first generated token or with it. `explained` goes with them.
     """
@@ -134,6 +135,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
     prompt_logprobs: list[TokenLogprobs] | None = None
     trace: RequestTrace | None = None
     explained: list[TokenExplanation] | None = None
+    keeps_last: bool = False
 
 
 class ModelStats(msgspec.Struct, frozen=True, array_like=True):

@@ -21,6 +21,9 @@ from model.sampling.logprobs import Logprobs
 from model.tokenizer import Tokenizer
 from server.engine.config import EngineConfig
 from server.engine.cuda_graph import CUDAGraphRunner
+from server.engine.grammar_compiler import GrammarCompiler
+from server.engine.grammar_masks import GrammarMasks
+from server.engine.grammar_vocabulary import GrammarVocabulary
 from server.engine.messages import TokenLogprobs
 from server.engine.prompt_scoring import PromptScorer
 from server.engine.scheduler import ScheduledBatch
@@ -89,6 +92,8 @@ class ModelRunner:
         self._scorer = PromptScorer(self.model_config.vocab_size, self.device)
         self._sampling: SamplingBatch | None = None
         self._sampling_key: list[int] = []
+        self.grammars = GrammarCompiler(lambda: _grammar_vocabulary(folder, self.sampler.valid_vocab_size))
+        self._masks = GrammarMasks(self.limits.max_num_seqs, self.sampler.valid_vocab_size, self.device)
         self._graphs = CUDAGraphRunner.create(self) if config.cuda_graphs else None
 
     def _allocate_cache(self, config: EngineConfig) -> CacheRoom:
@@ -147,11 +152,14 @@ class ModelRunner:
         rows = zip(batch.sequences, batch.needs_sample, strict=True)
         sampled = [seq for seq, wanted in rows if wanted for _ in range(1 + len(seq.draft))]
         sampling = self._sampling_batch(sampled)
-        output = self.sampler.sample(logits, sampling, inputs.sample_positions)
+        allowed = self._masks.fill(sampled)
+        output = self.sampler.sample(logits, sampling, inputs.sample_positions, allowed)
         sampling.record(output.token_ids)
-        return RunOutput(
-            _tokens(logits, output.token_ids), _logprobs(sampled, output.token_ids, output.logprobs), scored
-        )
+        token_ids = _tokens(logits, output.token_ids)
+        if allowed is not None:
+            rows_and_ids = zip(sampled, token_ids, strict=True)
+            token_ids = [None if _grammar_failed(seq) else token_id for seq, token_id in rows_and_ids]
+        return RunOutput(token_ids, _logprobs(sampled, output.token_ids, output.logprobs), scored)
 
     @torch.inference_mode()
     def compute_logits(self, batch: ScheduledBatch) -> torch.Tensor | None:
@@ -211,6 +219,10 @@ def _tokens(logits: torch.Tensor, token_ids: torch.Tensor) -> list[int | None]:
     return [None if token_id < 0 else token_id for token_id in token_ids.masked_fill(broken, -1).tolist()]
 
 
+def _grammar_failed(seq: Sequence) -> bool:
+    return seq.grammar is not None and seq.grammar.has_failed
+
+
 def _sampling_row(seq: Sequence) -> SamplingRow:
     if not seq.params.has_penalties:
         return SamplingRow(seq.params)
@@ -221,6 +233,13 @@ def _tokenizer_size(folder: Path) -> int | None:
     """How many ids the folder's tokenizer knows (a model's vocabulary may be padded), or None without one."""
     try:
         return Tokenizer.load(folder).vocab_size
+    except TokenizerError:
+        return None
+
+
+def _grammar_vocabulary(folder: Path, size: int) -> GrammarVocabulary | None:
+    try:
+        return GrammarVocabulary.of(Tokenizer.load(folder), size)
     except TokenizerError:
         return None
 
