@@ -21,6 +21,7 @@ from server.engine.channel import FrameSplitter, frame
 from server.engine.config import EngineConfig
 from server.engine.environment import engine_environment
 from server.engine.interface import EngineRequestError, EngineState, EngineUnavailableError, QueueFullError
+from server.engine.leases import WeightsLease, WeightsLeases
 from server.engine.messages import (
     AbortRequests,
     AddRequest,
@@ -29,9 +30,13 @@ from server.engine.messages import (
     EngineOutput,
     EngineStats,
     Explain,
+    LoadWeights,
+    ReleaseWeights,
+    SelfCheckResult,
     SequenceOutput,
     Shutdown,
     StepOutput,
+    WeightsLoaded,
 )
 from server.engine.waiting_room import WaitingRoom
 
@@ -131,7 +136,12 @@ class AsyncEngine(asyncio.Protocol):
         *,
         log_level: str = "warning",
         log_format: str = "text",
+        niceness: int = 0,
     ) -> None:
+        """`niceness` above 0 lowers the process's priority."""
+        self._niceness = niceness
+        self._leases = WeightsLeases(lambda model, weights: self._send(_encoder.encode(ReleaseWeights(model, weights))))
+        self._loading: asyncio.Future[WeightsLoaded] | None = None
         self._log_options = (log_level, log_format)
         self.on_step: Callable[[int], None] | None = None
         self._config = config
@@ -186,6 +196,8 @@ class AsyncEngine(asyncio.Protocol):
                 # Its own session, so that Ctrl+C reaches only us and we decide when it ends.
                 start_new_session=True,
             )
+        if self._niceness:
+            os.setpriority(os.PRIO_PROCESS, self._process.pid, self._niceness)
         ours.setblocking(False)
         return ours
 
@@ -204,6 +216,8 @@ class AsyncEngine(asyncio.Protocol):
         prompt_logprobs_start: int = 1,
         pool: int = 0,
         explain: Explain | None = None,
+        model: str | None = None,
+        weights: str | None = None,
     ) -> EngineStream:
         num_tokens = len(prompt_token_ids) + params.max_tokens
         self.check_admission(1, num_tokens, pool)
@@ -219,9 +233,26 @@ class AsyncEngine(asyncio.Protocol):
         request = AddRequest(
             stream.request_id, prompt_token_ids, params, now, deadline,
             prompt_logprobs=prompt_logprobs, prompt_logprobs_start=prompt_logprobs_start, pool=pool, explain=explain,
+            model=model, weights=weights or self._leases.current(model),
         )  # fmt: skip
         self._send(_encoder.encode(request))
         return stream
+
+    def hold_weights(self, model: str | None = None) -> WeightsLease:
+        return self._leases.hold(model)
+
+    async def load_weights(self, model: str, folder: str, weights: str, self_check: SelfCheckResult) -> WeightsLoaded:
+        """Serve the checkpoint of that digest instead of the model's present weights; one at a time. Requests that
+        are in the engine end on those they began with. Raises EngineUnavailableError when the engine is or dies."""
+        if self._state != "ready":
+            raise EngineUnavailableError(self._fault or "the engine is loading", _LOADING_RETRY_SECONDS)
+        assert self._loading is None, "one checkpoint is loaded at a time"
+        self._loading = asyncio.get_running_loop().create_future()
+        self._send(_encoder.encode(LoadWeights(model, folder, weights, self_check)))
+        try:
+            return await self._loading
+        finally:
+            self._loading = None
 
     def check_admission(self, num_sequences: int, num_tokens: int = 0, pool: int = 0) -> None:
         if self._state != "ready":
@@ -266,8 +297,12 @@ class AsyncEngine(asyncio.Protocol):
                 self._take_step(output)
             elif isinstance(output, EngineInfo):
                 self._info = output
+                self._leases.update(output)
                 self._state = "ready"
                 self._ready.set()
+            elif isinstance(output, WeightsLoaded):
+                if self._loading is not None and not self._loading.done():
+                    self._loading.set_result(output)
             elif isinstance(output, EngineFault):
                 self._die(output.message)
 
@@ -313,6 +348,8 @@ class AsyncEngine(asyncio.Protocol):
         self._room.clear()
         for stream in streams.values():
             stream.fail(EngineRequestError("the engine is down"))
+        if self._loading is not None and not self._loading.done():
+            self._loading.set_exception(EngineUnavailableError(reason, _LOADING_RETRY_SECONDS))
         self._ready.set()
 
     def _send(self, payload: bytes) -> None:

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Literal, Protocol
 
 from model.sampling_params import SamplingParams
+from server.engine.leases import WeightsLease
 from server.engine.messages import EngineInfo, EngineStats, Explain, SequenceOutput
 
 EngineState = Literal["loading", "ready", "dead"]
@@ -92,6 +93,8 @@ class EngineClient(Protocol):
         prompt_logprobs_start: int = 1,
         pool: int = 0,
         explain: Explain | None = None,
+        model: str | None = None,
+        weights: str | None = None,
     ) -> RequestStream:
         """Hand a request to the engine; never waits. The prompt must fit the context together with max_tokens.
 
@@ -102,9 +105,14 @@ class EngineClient(Protocol):
 
         `pool` is a number for whose request it is: pools take turns at what waits (server/engine/fair_queue.py).
         `explain`, with these log-probabilities and `max_tokens` 0, takes the tokens' distributions apart.
+        `model` names one of the engine's models, None the first; `weights` older ones of it that a lease holds.
 
         Raises EngineUnavailableError or QueueFullError.
         """
+        ...
+
+    def hold_weights(self, model: str | None = None) -> WeightsLease:
+        """Requests may name the weights that are served now until the lease is released, whatever is served then."""
         ...
 
     def check_admission(self, num_sequences: int, num_tokens: int = 0, pool: int = 0) -> None:

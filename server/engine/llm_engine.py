@@ -30,12 +30,13 @@ from server.engine.messages import (
     RequestTrace,
     SequenceOutput,
     StepOutput,
+    TokenExplanation,
     TokenLogprobs,
 )
 from server.engine.model_runner import ModelRunner, RunOutput
 from server.engine.runners import Runners, load_runners
 from server.engine.scheduler import Counters, ScheduledBatch, Scheduler
-from server.engine.self_check import run_self_check
+from server.engine.self_check import require_no_failure, run_self_check
 from server.engine.sequence import InvalidSequenceError, Sequence
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,9 @@ class LLMEngine:
         self._answers: list[str] = []
         self.info = self._describe(time.monotonic() - started)
         self._num_failed_steps = 0
+        if config.strict_self_check:
+            for model in self.info.models:
+                require_no_failure(model)
         if config.deterministic:
             self._require_determinism()
 
@@ -94,7 +98,7 @@ class LLMEngine:
 
     def add(self, request: AddRequest) -> None:
         """Queue a request. Raises InvalidSequenceError, naming the field, for one that cannot be run."""
-        generation = self.runners.generation(request.model)
+        generation = self.runners.generation(request.model, request.weights)
         runner = self.runners[generation]
         vocab_size = runner.model_config.vocab_size
         ids = request.prompt_token_ids
@@ -160,17 +164,27 @@ class LLMEngine:
         self.info = msgspec.structs.replace(self.info, deterministic=worst)
         return True
 
-    def replace_runner(self, name: str, runner: ModelRunner) -> None:
+    def replace_runner(self, name: str, runner: ModelRunner, info: ModelInfo | None = None) -> None:
         """Between two steps, answer for `name` with other weights, as `runners.load_beside` loads them. Sequences that
         have been added finish on the old ones; nothing that these computed is found by later ones.
 
+        With `info`, which then describes the new weights, requests may still name the old ones until they are released.
         Raises InvalidSequenceError for a name that is not served.
         """
+        described = info or self.describe_model(name, runner)
         old, new = self.runners.replace(name, runner)
         self._add_generation(new)
         self.block_manager.retire_generation(old)
-        models = [self.describe_model(name, runner) if each.name == name else each for each in self.info.models]
+        replaced = next(each for each in self.info.models if each.name == name)
+        if info is not None:
+            self.runners.hold(old, replaced.weights_digest)
+        models = [described if each is replaced else each for each in self.info.models]
         self.info = msgspec.structs.replace(self.info, models=models)
+        self._drop_replaced()
+
+    def release_weights(self, name: str, weights: str) -> None:
+        """No request will name these replaced weights any more."""
+        self.runners.release(name, weights)
         self._drop_replaced()
 
     def describe_model(self, name: str, runner: ModelRunner) -> ModelInfo:
@@ -287,6 +301,7 @@ class LLMEngine:
                 finished,
                 logprobs[seq.request_id][: len(tokens)] if seq.request_id in logprobs else None,
                 result.prompt_logprobs.get(seq.request_id),
+                result.explained.get(seq.request_id),
             )
             for seq, tokens, finished in updates
         ]
@@ -306,7 +321,8 @@ class LLMEngine:
         for name, generation in self.runners.current.items():
             each = self.runners[generation]
             manifest = read_manifest(Path(each.config.model_path))
-            check = run_self_check(each, manifest and manifest.self_check, self.config.quantization)
+            expected = None if manifest is None else manifest.self_check
+            check = run_self_check(each, expected, self.config.quantization)
             models.append(msgspec.structs.replace(self.describe_model(name, each), self_check=check))
         return EngineInfo(
             models=models,
@@ -344,6 +360,7 @@ def _output(
     finished: bool,
     logprobs: list[TokenLogprobs] | None = None,
     prompt_logprobs: list[TokenLogprobs] | None = None,
+    explained: list[TokenExplanation] | None = None,
 ) -> SequenceOutput:
     return SequenceOutput(
         request_id=seq.request_id,
@@ -356,6 +373,7 @@ def _output(
         timings=_timings(seq) if finished or seq.trace is not None or _is_first(seq, token_ids) else None,
         prompt_logprobs=prompt_logprobs,
         trace=seq.trace,
+        explained=explained,
     )
 
 

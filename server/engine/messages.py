@@ -20,17 +20,19 @@ PASSED, FAILED = "passed", "failed"
 
 class Explain(msgspec.Struct, frozen=True, array_like=True):
     """Which distributions to take apart: those behind the tokens of a prompt that are scored. The first
-    `num_prompt_tokens` of it were the prompt once, and the others were drawn after it with `params`. `num_top` is how
-    many alternatives to tell of."""
+    `num_prompt_tokens` of it, from `first_token_id` on, were the prompt once, and the others were drawn after it with
+    `params`. `num_top` is how many alternatives to tell of."""
 
     params: SamplingParams
+    first_token_id: int
     num_prompt_tokens: int
     num_top: int
 
 
 class AddRequest(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """`prompt_logprobs`, its start, `pool` and `explain` are those of `server.engine.sequence.Sequence`. `model` is the
-    name of one of the engine's models, None for the first."""
+    name of one of the engine's models, None for the first, and `weights` the digest of those that it has to be answered
+    by where they were replaced a moment ago; None for those that are served."""
 
     request_id: int
     prompt_token_ids: list[int]
@@ -42,6 +44,24 @@ class AddRequest(msgspec.Struct, frozen=True, array_like=True, tag=True):
     pool: int = 0
     explain: Explain | None = None
     model: str | None = None
+    weights: str | None = None
+
+
+class LoadWeights(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Load a checkpoint of the same shape beside a served model and serve it instead. `weights` is the digest that the
+    folder must have, `self_check` what the check of these weights came to elsewhere. Answered by WeightsLoaded."""
+
+    model: str
+    folder: str
+    weights: str
+    self_check: SelfCheckResult
+
+
+class ReleaseWeights(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """No request will name these replaced weights any more: they go when the last that did has ended."""
+
+    model: str
+    weights: str
 
 
 class AbortRequests(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -232,5 +252,15 @@ class EngineFault(msgspec.Struct, frozen=True, array_like=True, tag=True):
     user_error: bool
 
 
-EngineInput = AddRequest | AbortRequests | Shutdown
-EngineOutput = EngineInfo | StepOutput | EngineFault
+class WeightsLoaded(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The end of a LoadWeights: with the first EngineInfo that names them the weights are served, or `error` says why
+    they are not. The text may name paths, and is for the log."""
+
+    model: str
+    weights: str
+    error: str | None
+    seconds: float
+
+
+EngineInput = AddRequest | AbortRequests | LoadWeights | ReleaseWeights | Shutdown
+EngineOutput = EngineInfo | StepOutput | EngineFault | WeightsLoaded

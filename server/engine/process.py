@@ -27,10 +27,14 @@ from server.engine.messages import (
     AddRequest,
     EngineFault,
     EngineInput,
+    LoadWeights,
+    ReleaseWeights,
     SequenceOutput,
     Shutdown,
     StepOutput,
+    WeightsLoaded,
 )
+from server.engine.reload import WeightsLoader
 from server.logs import setup_logging
 
 logger = logging.getLogger("server.engine")
@@ -89,6 +93,7 @@ def _serve(channel: SocketChannel, engine: Engine) -> None:
     """Take what has arrived, run a step, send its output; again. The first idle moments go to the engine's check."""
     last_sent = time.monotonic()
     unchecked = engine if isinstance(engine, LLMEngine) else None
+    loader = WeightsLoader(engine) if isinstance(engine, LLMEngine) else None
     while True:
         refused: list[SequenceOutput] = []
         messages = channel.receive(0.0 if engine.has_unfinished or unchecked is not None else _HEARTBEAT)
@@ -96,7 +101,12 @@ def _serve(channel: SocketChannel, engine: Engine) -> None:
             request = _decoder.decode(message)
             if isinstance(request, Shutdown):
                 return
-            refused += _take(engine, request)
+            if isinstance(request, (LoadWeights, ReleaseWeights)):
+                _send_loaded(channel, engine, _begin(loader, request))
+            else:
+                refused += _take(engine, request)
+        if loader is not None:
+            _send_loaded(channel, engine, loader.finish())
         if unchecked is not None and _check(channel, unchecked):
             unchecked = None
         if engine.has_unfinished:
@@ -109,6 +119,25 @@ def _serve(channel: SocketChannel, engine: Engine) -> None:
             continue
         channel.send(_encoder.encode(output))
         last_sent = time.monotonic()
+
+
+def _begin(loader: WeightsLoader | None, request: LoadWeights | ReleaseWeights) -> WeightsLoaded | None:
+    """Start to load, or let go of what was replaced; the answer where that is at once."""
+    if loader is None:
+        error = "a classifier's weights are replaced by a restart"
+        return WeightsLoaded(request.model, request.weights, error, 0.0)
+    if isinstance(request, LoadWeights):
+        return loader.start(request)
+    loader.release(request)
+    return None
+
+
+def _send_loaded(channel: SocketChannel, engine: Engine, loaded: WeightsLoaded | None) -> None:
+    if loaded is None:
+        return
+    if loaded.error is None:
+        channel.send(_encoder.encode(engine.info))
+    channel.send(_encoder.encode(loaded))
 
 
 def _check(channel: SocketChannel, engine: LLMEngine) -> bool:

@@ -49,7 +49,10 @@ class Runners:
         return self._runners[generation]
 
     def generation(self, name: str | None, weights: str | None = None) -> int:
-        """That of the weights of that digest, as long as they are here, or the current one. Raises InvalidSequenceError for a name that is not served."""
+        """That of the weights of that digest, as long as they are held, or else the current one.
+
+        Raises InvalidSequenceError for a name that is not served.
+        """
         name = next(iter(self.current)) if name is None else name
         if name not in self.current:
             raise InvalidSequenceError("model must be one of those that this engine serves")

@@ -12,6 +12,7 @@ import msgspec
 
 from model.sampling_params import SamplingParams
 from server.engine.interface import EngineRequestError, EngineState, EngineUnavailableError, QueueFullError
+from server.engine.leases import WeightsLease
 from server.engine.messages import (
     EngineInfo,
     EngineStats,
@@ -81,6 +82,8 @@ class FakeStream:
     prompt_logprobs_start: int = 1
     pool: int = 0
     explain: Explain | None = None
+    model: str | None = None
+    weights: str | None = None
     aborted: bool = False
     finished: bool = False
     _waiting: list[SequenceOutput] = field(default_factory=list)
@@ -201,6 +204,9 @@ class FakeEngine:
         if len(self.live) + num_sequences > self.queue_limit:
             raise QueueFullError(7)
 
+    def hold_weights(self, model: str | None = None) -> WeightsLease:
+        return WeightsLease(None, lambda: None)
+
     def submit(
         self,
         prompt_token_ids: list[int],
@@ -211,12 +217,14 @@ class FakeEngine:
         prompt_logprobs_start: int = 1,
         pool: int = 0,
         explain: Explain | None = None,
+        model: str | None = None,
+        weights: str | None = None,
     ) -> FakeStream:
         self.check_admission(1)
         self.loop = asyncio.get_running_loop()
         stream = FakeStream(
             self, len(self.submitted), prompt_token_ids, params, deadline, prompt_logprobs, prompt_logprobs_start,
-            pool, explain,
+            pool, explain, model, weights,
         )  # fmt: skip
         self.submitted.append(stream)
         self.live.add(stream.request_id)
