@@ -47,7 +47,8 @@ def served_model(name: str | None, services: Services) -> ServedModel:
     width = info.models[0].config["vocab_size"]
     assert isinstance(width, int)
     capacity = info.max_num_seqs + services.settings.max_queued_requests
-    return ServedModel(tokenizer, width, info.max_model_len, capacity, services.chat_template)
+    grammar_check = services.grammars.of(tokenizer)
+    return ServedModel(tokenizer, width, info.max_model_len, capacity, services.chat_template, grammar_check)
 
 
 def start_generation(prompts: list[Prompt], services: Services, caller: Caller = ANYONE) -> Generation:

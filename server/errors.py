@@ -125,6 +125,14 @@ def engine_down_error(retry_after: int = 5) -> UnavailableError:
     return UnavailableError("engine_down", "the engine is down", retry_after)
 
 
+def grammar_failed_error() -> InvalidRequestError:
+    message = (
+        "grammar led to a text that could not be finished: it became too complex or asked for characters that this"
+        " model's vocabulary lacks; simplify it"
+    )
+    return InvalidRequestError(message, code="grammar_failed", param="grammar")
+
+
 def request_failed_error(retry_after: int = 1) -> UnavailableError:
     return UnavailableError("request_failed", "the engine gave up on this request; try it again", retry_after)
 

@@ -11,9 +11,9 @@ from starlette.types import Receive
 
 from model.tokenizer import Tokenizer
 from server.caller import OPEN_POOL
-from server.engine.interface import EngineClient, EngineRequestError, RequestStream
+from server.engine.interface import EngineClient, EngineRequestError, GrammarFailedError, RequestStream
 from server.engine.messages import RequestTimings, RequestTrace
-from server.errors import ApiError, ClientGoneError, engine_down_error, request_failed_error
+from server.errors import ApiError, ClientGoneError, engine_down_error, grammar_failed_error, request_failed_error
 from server.lifecycle import Lifecycle
 from server.metrics import FinishedSequence, Metrics
 from server.output import ChoiceDelta, ChoiceOutput, Usage, join_deltas
@@ -116,11 +116,13 @@ class Generation:
             if self._task.uncancel():
                 raise
             raise (self._error or ClientGoneError()) from None
-        except EngineRequestError:
+        except EngineRequestError as error:
             if self._interrupted:
                 raise (self._error or ClientGoneError()) from None
             self.end_reason = "error"
             self._metrics.count_finish("error", self._num_unfinished)
+            if isinstance(error, GrammarFailedError):
+                raise grammar_failed_error() from None
             raise (request_failed_error() if self._engine.state == "ready" else engine_down_error()) from None
         finally:
             self._task = None

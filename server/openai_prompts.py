@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from model.chat_template import ChatTemplate, render_chat
 from model.errors import TokenizerError
+from model.grammar import Grammar
 from server.errors import InvalidRequestError
-from server.prompts import Prompt, ServedModel, check_count, echo_text, encode_prompts, make_prompt, off_loop
+from server.grammars import openai_grammar
+from server.prompts import (
+    Prompt,
+    ServedModel,
+    check_count,
+    check_grammar,
+    echo_text,
+    encode_prompts,
+    make_prompt,
+    off_loop,
+)
 from server.schemas.openai import ChatCompletionRequest, CompletionRequest, Message, OpenAIFields
 
 _MESSAGE_COST = 100  # characters that take a template as long as a message without any
@@ -21,15 +32,25 @@ async def completion_prompts(body: CompletionRequest, model: ServedModel, arriva
     if body.max_tokens == 0 and not body.echo:
         raise InvalidRequestError("max_tokens must be at least 1 without echo", param="max_tokens")
     check_count(len(body.prompts), body.n, model)
+    grammar = await _grammar(body, model)
     encoded = await encode_prompts(body.prompts, model.tokenizer)
     return [
         make_prompt(
             token_ids, body, body.max_tokens, model,
             arrival=arrival, logprobs=body.logprobs, echo=echo_text(prompt, model.tokenizer) if body.echo else "",
-            prompt_logprobs=_prompt_logprobs(body),
+            prompt_logprobs=_prompt_logprobs(body), grammar=grammar,
         )
         for prompt, token_ids in zip(body.prompts, encoded, strict=True)
     ]  # fmt: skip
+
+
+async def _grammar(body: OpenAIFields, model: ServedModel) -> Grammar | None:
+    found = openai_grammar(body)
+    if found is None:
+        return None
+    field, grammar = found
+    await check_grammar(grammar, field, model)
+    return grammar
 
 
 def _prompt_logprobs(body: CompletionRequest) -> int | None:
@@ -49,6 +70,7 @@ async def chat_prompt(body: ChatCompletionRequest, model: ServedModel, arrival: 
     if body.top_logprobs and not body.logprobs:
         raise InvalidRequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
     check_count(1, body.n, model)
+    grammar = await _grammar(body, model)
     token_ids = await _conversation_ids(body, model.chat_template, model)
     newer = body.max_completion_tokens is not None
     return make_prompt(
@@ -58,6 +80,7 @@ async def chat_prompt(body: ChatCompletionRequest, model: ServedModel, arrival: 
         model,
         arrival=arrival,
         logprobs=body.top_logprobs if body.logprobs else None,
+        grammar=grammar,
         prompt_field="messages",
         max_tokens_field="max_completion_tokens" if newer else "max_tokens",
     )

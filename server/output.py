@@ -33,6 +33,7 @@ class ChoiceDelta(msgspec.Struct, frozen=True):
     """What one event adds to one choice. `finish_reason` is set on a choice's last.
 
     `prompt_logprobs` are those of the prompt's next tokens from its second on, where they were asked for.
+    `complete` is true on the last of a choice that ended with its grammar, whose last token is text and no EOS.
     """
 
     index: int
@@ -42,6 +43,7 @@ class ChoiceDelta(msgspec.Struct, frozen=True):
     stop_reason: str | int | None = None
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob] | UnsetType = UNSET
+    complete: bool | UnsetType = UNSET
 
 
 def join_deltas(deltas: list[ChoiceDelta]) -> ChoiceDelta:
@@ -57,6 +59,7 @@ def join_deltas(deltas: list[ChoiceDelta]) -> ChoiceDelta:
         stop_reason=last.stop_reason,
         logprobs=None if all(delta.logprobs is None for delta in deltas) else logprobs,
         prompt_logprobs=[entry for entries in scored for entry in entries] if scored else UNSET,
+        complete=last.complete,
     )
 
 
@@ -64,6 +67,11 @@ class Usage(msgspec.Struct, frozen=True):
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+
+
+def _ends_with_stop(output: SequenceOutput) -> bool:
+    """Whether the last token is a stop token or EOS, which is no part of the text."""
+    return output.finish_reason == "stop" and not output.keeps_last
 
 
 class ChoiceOutput:
@@ -90,7 +98,7 @@ class ChoiceOutput:
             return self._push_matching(output, self._matcher)
         ids, reason = output.token_ids, output.finish_reason
         self.num_tokens += len(ids)
-        text = self._decoder.push(ids[:-1] if reason == "stop" else ids)
+        text = self._decoder.push(ids[:-1] if _ends_with_stop(output) else ids)
         if reason is not None:
             text += self._decoder.finish()
         return self._delta(output, text, len(ids), reason, output.stop_token_id)
@@ -101,7 +109,7 @@ class ChoiceOutput:
         for position, token_id in enumerate(ids):
             self.num_tokens += 1
             is_last = position == len(ids) - 1
-            piece = "" if is_last and reason == "stop" else self._decoder.push([token_id])
+            piece = "" if is_last and _ends_with_stop(output) else self._decoder.push([token_id])
             if is_last and reason is not None:
                 piece += self._decoder.finish()
             if self.num_tokens <= self._min_tokens:
@@ -121,7 +129,10 @@ class ChoiceOutput:
         logprobs = None if output.logprobs is None else [self._logprob(entry) for entry in output.logprobs[:count]]
         scored = output.prompt_logprobs
         prompt_logprobs = UNSET if scored is None else [self._logprob(entry) for entry in scored]
-        return ChoiceDelta(self.index, text, output.token_ids[:count], reason, stop_reason, logprobs, prompt_logprobs)
+        complete = True if reason == "stop" and output.keeps_last and stop_reason is None else UNSET
+        return ChoiceDelta(
+            self.index, text, output.token_ids[:count], reason, stop_reason, logprobs, prompt_logprobs, complete
+        )
 
     def _logprob(self, entry: TokenLogprobs) -> TokenLogprob:
         top = [TopLogprob(token_id, self._text(token_id), logprob) for token_id, logprob in entry.top]

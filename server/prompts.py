@@ -9,11 +9,14 @@ from typing import TypeVar
 
 from model.chat_template import ChatTemplate
 from model.errors import InvalidSamplingParamsError, TokenizerError
+from model.grammar import Grammar
 from model.sampling_params import SamplingParams
 from model.text_output import TextDecoder
 from model.tokenizer import Tokenizer
 from server.error_handlers import from_sampling_error
 from server.errors import InvalidRequestError
+from server.grammar_checks import GrammarCheck
+from server.grammars import native_grammar
 from server.schemas.native import GenerateRequest
 from server.schemas.sampling import SamplingFields
 from server.seeds import draw_seed
@@ -43,23 +46,33 @@ class Prompt:
 @dataclass(frozen=True, slots=True)
 class ServedModel:
     """What a body is checked against. `output_width` is how many token ids the model's output distinguishes,
-    `max_sequences` how many the server takes at once, running and waiting."""
+    `max_sequences` how many the server takes at once, running and waiting. `grammar_check` is its tokenizer's."""
 
     tokenizer: Tokenizer
     output_width: int
     max_model_len: int
     max_sequences: int
     chat_template: ChatTemplate | None = None
+    grammar_check: GrammarCheck | None = None
 
 
 async def native_prompt(body: GenerateRequest, model: ServedModel, arrival: float) -> Prompt:
     """The prompt of POST /generate; `arrival` is when it came, on the monotonic clock. Raises InvalidRequestError."""
     check_count(1, body.n, model)
+    grammar = native_grammar(body.grammar)
+    await check_grammar(grammar, "grammar", model)
     [token_ids] = await encode_prompts([body.prompt], model.tokenizer)
     return make_prompt(
-        token_ids, body, body.max_tokens, model,
+        token_ids, body, body.max_tokens, model, grammar=grammar,
         arrival=arrival, logprobs=body.logprobs, echo=echo_text(body.prompt, model.tokenizer) if body.echo else "",
     )  # fmt: skip
+
+
+async def check_grammar(grammar: Grammar | None, field: str, model: ServedModel) -> None:
+    """Raises InvalidRequestError, naming the `field` of the body, for a grammar that the model cannot be held to."""
+    if grammar is not None:
+        assert model.grammar_check is not None, "a served model has one"
+        await model.grammar_check.check(grammar, field)
 
 
 async def off_loop(size: int, function: Callable[[], Result]) -> Result:
@@ -92,18 +105,18 @@ def _encode(prompt: str | list[int], tokenizer: Tokenizer) -> list[int]:
 def make_prompt(
     token_ids: list[int], fields: SamplingFields, max_tokens: int | None, model: ServedModel, *,
     arrival: float, logprobs: int | None = None, echo: str = "", prompt_logprobs: int | None = None,
-    prompt_field: str = "prompt", max_tokens_field: str = "max_tokens",
+    prompt_field: str = "prompt", max_tokens_field: str = "max_tokens", grammar: Grammar | None = None,
 ) -> Prompt:  # fmt: skip
     """Raises InvalidRequestError for what the model cannot do; `max_tokens` None is the rest of its context.
 
-    The last two arguments are what the body calls its prompt and its limit.
+    `prompt_field` and `max_tokens_field` are what the body calls its prompt and its limit; `grammar` has been checked.
     """
     _check_ids(token_ids, fields, model.output_width, prompt_field)
     names = prompt_field, max_tokens_field
     count = _max_tokens(max_tokens, len(token_ids), model.max_model_len, names)
     return Prompt(
         token_ids=token_ids,
-        params=_sampling_params(fields, count, logprobs),
+        params=_sampling_params(fields, count, logprobs, grammar),
         n=fields.n,
         stops=fields.stop_strings,
         deadline=None if fields.deadline_ms is None else arrival + fields.deadline_ms / 1000,
@@ -163,7 +176,9 @@ def _max_tokens(asked: int | None, prompt_length: int, context: int, names: tupl
     return rest if asked is None else asked
 
 
-def _sampling_params(fields: SamplingFields, max_tokens: int, logprobs: int | None) -> SamplingParams:
+def _sampling_params(
+    fields: SamplingFields, max_tokens: int, logprobs: int | None, grammar: Grammar | None
+) -> SamplingParams:
     try:
         return SamplingParams(
             max_tokens=max_tokens,
@@ -180,6 +195,7 @@ def _sampling_params(fields: SamplingFields, max_tokens: int, logprobs: int | No
             stop_token_ids=tuple(fields.stop_token_ids),
             ignore_eos=fields.ignore_eos,
             logprobs=logprobs,
+            grammar=grammar,
         )
     except InvalidSamplingParamsError as error:
         raise from_sampling_error(error) from None

@@ -9,6 +9,7 @@ from model.tokenizer import Tokenizer
 from server.engine.interface import EngineClient
 from server.engine.messages import EngineInfo
 from server.errors import loading_error
+from server.grammar_checks import GrammarChecks
 from server.history import RequestHistory
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
@@ -29,6 +30,7 @@ class Services:
     tokenizer: Tokenizer | None = None
     chat_template: ChatTemplate | None = None
     models: list[str] = field(default_factory=list)
+    grammars: GrammarChecks = field(default_factory=GrammarChecks)
 
     def set_tokenizer(self, tokenizer: Tokenizer, chat_template: ChatTemplate | None = None) -> None:
         self.tokenizer, self.chat_template = tokenizer, chat_template

@@ -101,7 +101,7 @@ class TokenReader:
     def push(self, delta: ChoiceDelta) -> list[Token]:
         """The tokens that this delta adds."""
         start, last = len(self.tokens), len(delta.token_ids) - 1
-        at_end = delta.finish_reason == "stop" and delta.stop_reason is None
+        at_end = delta.finish_reason == "stop" and delta.stop_reason is None and delta.complete is UNSET
         for position, token_id in enumerate(delta.token_ids):
             entry = delta.logprobs[position] if delta.logprobs is not None else None
             logprob = None if entry is None else entry.logprob

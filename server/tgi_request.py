@@ -11,11 +11,13 @@ from dataclasses import dataclass
 
 from pydantic import TypeAdapter
 
+from model.grammar import Grammar
 from server.admission import served_model, start_generation
 from server.caller import Caller
 from server.errors import InvalidRequestError
 from server.generation import Generation
-from server.prompts import Prompt, ServedModel, make_prompt
+from server.grammars import tgi_grammar
+from server.prompts import Prompt, ServedModel, check_grammar, make_prompt
 from server.schemas.sampling import SamplingFields
 from server.schemas.tgi import TgiParameters, TgiRequest
 from server.services import Services
@@ -57,8 +59,12 @@ async def admit_tgi(body: TgiRequest, services: Services, caller: Caller, *, str
     model = served_model(body.model, services)
     sampled = _is_sampled(parameters)
     _check_parameters(parameters, model, sampled=sampled, streamed=streamed)
+    grammar = tgi_grammar(parameters.grammar)
+    await check_grammar(grammar, "grammar", model)
     token_ids = await encode_text(body.inputs, "inputs", model.tokenizer)
-    prompt = _prompt(token_ids, parameters, model, sampled=sampled, streamed=streamed, arrival=received)
+    prompt = _prompt(
+        token_ids, parameters, model, sampled=sampled, streamed=streamed, arrival=received, grammar=grammar
+    )
     started = time.monotonic()
     generation = start_generation([prompt], services, caller)
     return TgiGeneration(body.inputs, parameters, sampled, model, generation, received, started)
@@ -75,7 +81,6 @@ def _check_parameters(parameters: TgiParameters, model: ServedModel, *, sampled:
     for name, reason in (
         ("watermark", "Quill does not mark its texts"),
         ("adapter_id", "Quill loads no adapters; merge them into the model"),
-        ("grammar", "TGI's grammars are not served here"),
         ("typical_p", "Quill has no typical sampling; use top_p or min_p of POST /generate"),
     ):
         if getattr(parameters, name):
@@ -97,7 +102,7 @@ def _check_parameters(parameters: TgiParameters, model: ServedModel, *, sampled:
 
 def _prompt(
     token_ids: list[int], parameters: TgiParameters, model: ServedModel, *,
-    sampled: bool, streamed: bool, arrival: float,
+    sampled: bool, streamed: bool, arrival: float, grammar: Grammar | None,
 ) -> Prompt:  # fmt: skip
     if parameters.truncate is not None:
         token_ids = token_ids[-parameters.truncate :]
@@ -113,7 +118,7 @@ def _prompt(
     }
     return make_prompt(
         token_ids, SamplingFields.model_validate(values), parameters.max_new_tokens, model,
-        arrival=arrival, logprobs=_num_logprobs(parameters, streamed),
+        arrival=arrival, logprobs=_num_logprobs(parameters, streamed), grammar=grammar,
         prompt_logprobs=0 if parameters.decoder_input_details else None,
         prompt_field="inputs", max_tokens_field="max_new_tokens",
     )  # fmt: skip

@@ -20,7 +20,13 @@ from model.sampling_params import SamplingParams
 from server.engine.channel import FrameSplitter, frame
 from server.engine.config import EngineConfig
 from server.engine.environment import engine_environment
-from server.engine.interface import EngineRequestError, EngineState, EngineUnavailableError, QueueFullError
+from server.engine.interface import (
+    EngineRequestError,
+    EngineState,
+    EngineUnavailableError,
+    GrammarFailedError,
+    QueueFullError,
+)
 from server.engine.leases import WeightsLease, WeightsLeases
 from server.engine.messages import (
     AbortRequests,
@@ -80,6 +86,8 @@ class EngineStream:
         output, self._pending = self._pending, None
         if output.finish_reason == "error":
             raise EngineRequestError("the engine gave up on the request")
+        if output.finish_reason == "grammar":
+            raise GrammarFailedError("the grammar could not be followed")
         return output
 
     def abort(self) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import llguidance
 
 MAX_COMPILED = 64
+NO_VOCABULARY = "is not supported with this model, whose tokens have no text of their own; leave it out"
 
 # One optional blank where JSON allows any: models of prose would otherwise write blanks without end.
 _JSON_OPTIONS: llguidance._lib.JsonCompileOptions = {"whitespace_pattern": "[ ]?", "lenient": False}
@@ -50,7 +51,11 @@ _REASONS = (
 
 
 class GrammarError(QuillError):
-    """A grammar that cannot be used; one sentence that repeats nothing of it."""
+    """A grammar that cannot be used; its one sentence, "grammar" and the `reason`, repeats nothing of it."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"grammar {reason}")
+        self.reason = reason
 
 
 def grammar_limits() -> llguidance.LLParserLimits:
@@ -76,7 +81,7 @@ def compile_grammar(grammar: Grammar, tokenizer: llguidance.LLTokenizer) -> llgu
     source = _source(grammar)
     matcher = llguidance.LLMatcher(tokenizer, source, log_level=0, limits=grammar_limits())
     if matcher.is_error():
-        raise GrammarError(f"grammar {_reason(matcher.get_error())}")
+        raise GrammarError(_reason(matcher.get_error()))
     return matcher
 
 
@@ -93,7 +98,7 @@ def _source(grammar: Grammar) -> str:
     try:
         return LLMatcher.grammar_from_json_schema(grammar.value, overrides=_JSON_OPTIONS)
     except ValueError:
-        raise GrammarError("grammar must hold a JSON schema that is an object, true or false") from None
+        raise GrammarError("must hold a JSON schema that is an object, true or false") from None
 
 
 def _escaped(text: str) -> str:
@@ -159,6 +164,6 @@ class GrammarCompiler:
         if self._tokenizer is None:
             self._vocabulary = self._load_vocabulary()
             if self._vocabulary is None:
-                raise GrammarError("grammar is not supported with this model: its tokens have no text of their own")
+                raise GrammarError(NO_VOCABULARY)
             self._tokenizer = self._vocabulary.ll_tokenizer()
         return compile_grammar(grammar, self._tokenizer)

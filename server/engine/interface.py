@@ -32,6 +32,10 @@ class EngineRequestError(Exception):
     """The engine gave up on a request that it had accepted (it died, or the request failed inside a step)."""
 
 
+class GrammarFailedError(EngineRequestError):
+    """A request's grammar could not be followed to its end."""
+
+
 class RequestStream(Protocol):
     """The outputs of one submitted request. Ends after the output that carries a finish_reason.
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from model.grammar import GrammarType
 
 from model.sampling_params import MAX_LOGPROBS
 from server.schemas.sampling import MAX_TOKEN_ID, SamplingFields, TokenId
@@ -19,6 +21,15 @@ class _PromptFields(BaseModel):
     )
 
 
+class GrammarFields(BaseModel):
+    """The language that a text has to be of."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    type: GrammarType = Field(description="regex, json_schema, choice or lark")
+    value: Any = Field(description="a pattern, a JSON schema, a list of strings or the text of a Lark grammar")
+
+
 # pydantic lists the fields of the last base first: the prompt belongs at the top.
 class GenerateRequest(SamplingFields, _PromptFields):
     """Unknown fields are refused."""
@@ -29,3 +40,4 @@ class GenerateRequest(SamplingFields, _PromptFields):
         None, ge=0, le=MAX_LOGPROBS, description=f"an integer from 0 to {MAX_LOGPROBS}, or null"
     )
     echo: bool = Field(False, description="true or false")
+    grammar: GrammarFields | None = Field(None, description='an object, {"type": …, "value": …}, or null')

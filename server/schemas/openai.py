@@ -39,12 +39,6 @@ _UNSUPPORTED: Unsupported = {
     "bad_words": (_NONE, "is not supported here; use logit_bias"),
     "logits_processors": (_NONE, _REFUSED),
     "prompt_embeds": (_NONE, "is not supported here; send text or token ids"),
-    "response_format": (({"type": "text"},), 'must be {"type": "text"}: structured output is not supported here'),
-    "structured_outputs": (_NONE, _REFUSED),
-    "guided_json": (_NONE, _REFUSED),
-    "guided_regex": (_NONE, _REFUSED),
-    "guided_choice": (_NONE, _REFUSED),
-    "guided_grammar": (_NONE, _REFUSED),
     "return_tokens_as_token_ids": (_NONE, "must be false; use return_token_ids"),
 }
 
@@ -78,6 +72,13 @@ class OpenAIFields(SamplingFields):
         return kept | {"top_k": 0} if type(top_k) is int and top_k == -1 else kept
 
     return_token_ids: bool = Field(False, description="true or false")
+
+    response_format: Any = Field(None, description="an object with the type text, json_object or json_schema")
+    structured_outputs: Any = Field(None, description="an object with one of json, regex, choice, grammar, json_object")
+    guided_json: Any = Field(None, description="an object that holds a JSON schema")
+    guided_regex: Any = Field(None, description="a regular expression")
+    guided_choice: Any = Field(None, description="a list of strings")
+    guided_grammar: Any = Field(None, description="the text of a Lark grammar")
 
     @property
     def include_usage(self) -> bool:
