@@ -25,7 +25,7 @@ from server.middleware import (
     RequestContextMiddleware,
 )
 from server.page_files import page_files
-from server.routes import classify, native, openai, ops, page, requests, score, tgi, tokenize
+from server.routes import classify, explain, native, openai, ops, page, requests, score, tgi, tokenize
 from server.services import Services
 from server.settings import Settings
 from server.sse import Heartbeat
@@ -38,6 +38,7 @@ ROUTERS = (
     ops.router,
     native.router,
     classify.router,
+    explain.router,
     openai.router,
     page.router,
     requests.router,

@@ -22,7 +22,7 @@ from model.sampling.logprobs import Logprobs, LogprobsRequest
 from model.sampling.masks import AllowedTokens
 from model.sampling_params import SamplingParams
 
-_MIN_TEMPERATURE = 1e-6  # below it, dividing would overflow float32; the draw is greedy long before
+MIN_TEMPERATURE = 1e-6  # below it, dividing would overflow float32; the draw is greedy long before
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ class Sampler:
             return None
         picked = [params[index] for index in chosen]
         device = self.device
-        temperatures = [max(p.temperature, _MIN_TEMPERATURE) for p in picked]
+        temperatures = [max(p.temperature, MIN_TEMPERATURE) for p in picked]
         everyone = len(chosen) == len(params)
         return RandomRows(
             rows=None if everyone else torch.tensor(chosen, dtype=torch.int64, device=device),

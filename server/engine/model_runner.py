@@ -24,8 +24,8 @@ from server.engine.cuda_graph import CUDAGraphRunner
 from server.engine.grammar_compiler import GrammarCompiler
 from server.engine.grammar_masks import GrammarMasks
 from server.engine.grammar_vocabulary import GrammarVocabulary
-from server.engine.messages import TokenLogprobs
-from server.engine.prompt_scoring import PromptScorer
+from server.engine.messages import TokenExplanation, TokenLogprobs
+from server.engine.prompt_scoring import NOTHING_SCORED, PromptScorer, Scored
 from server.engine.scheduler import ScheduledBatch
 from server.engine.sequence import Sequence
 from server.engine.shared_cache import CacheRoom
@@ -36,11 +36,12 @@ from server.engine.step_inputs import InputBuilder, StepInputs
 @dataclass(frozen=True, slots=True)
 class RunOutput:
     """One entry per token that was drawn, in order: None where its logits were not numbers.
-    `prompt_logprobs` by request id, of the sequences whose prompts were scored in part."""
+    `prompt_logprobs` and `explained` by request id, of the sequences whose prompts were scored in part."""
 
     token_ids: list[int | None]
     logprobs: list[list[TokenLogprobs] | None]
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    explained: dict[int, list[TokenExplanation]] = field(default_factory=dict)
 
 
 class ModelRunner:
@@ -89,7 +90,7 @@ class ModelRunner:
             needs_slots=self._decoder is None,
             numbers=self.cache.numbers,
         )
-        self._scorer = PromptScorer(self.model_config.vocab_size, self.device)
+        self._scorer = PromptScorer(self.model_config.vocab_size, self.device, self.sampler)
         self._sampling: SamplingBatch | None = None
         self._sampling_key: list[int] = []
         self.grammars = GrammarCompiler(lambda: _grammar_vocabulary(folder, self.sampler.valid_vocab_size))
@@ -148,7 +149,7 @@ class ModelRunner:
         inputs = self._inputs.build(batch)
         logits, scored = self._compute(batch, inputs)
         if logits is None:
-            return RunOutput([], [], scored)
+            return RunOutput([], [], *scored)
         rows = zip(batch.sequences, batch.needs_sample, strict=True)
         sampled = [seq for seq, wanted in rows if wanted for _ in range(1 + len(seq.draft))]
         sampling = self._sampling_batch(sampled)
@@ -159,7 +160,7 @@ class ModelRunner:
         if allowed is not None:
             rows_and_ids = zip(sampled, token_ids, strict=True)
             token_ids = [None if _grammar_failed(seq) else token_id for seq, token_id in rows_and_ids]
-        return RunOutput(token_ids, _logprobs(sampled, output.token_ids, output.logprobs), scored)
+        return RunOutput(token_ids, _logprobs(sampled, output.token_ids, output.logprobs), *scored)
 
     @torch.inference_mode()
     def compute_logits(self, batch: ScheduledBatch) -> torch.Tensor | None:
@@ -168,15 +169,15 @@ class ModelRunner:
 
     def _compute(
         self, batch: ScheduledBatch, inputs: StepInputs
-    ) -> tuple[torch.Tensor | None, dict[int, list[TokenLogprobs]]]:
-        """Logits [samples, V] of the rows that are to be sampled, or None if there are none; and, by request id, the
-        log-probabilities of the prompts' tokens that are scored."""
+    ) -> tuple[torch.Tensor | None, Scored]:
+        """Logits [samples, V] of the rows that are to be sampled, or None if there are none; and what was asked about
+        the prompts' tokens."""
         if torch.get_num_threads() != self._num_threads:  # another model's
             torch.set_num_threads(self._num_threads)
         if self._graphs is not None and self._graphs.can_replay(batch):
-            return self._graphs.replay(inputs), {}
+            return self._graphs.replay(inputs), NOTHING_SCORED
         hidden, score = self.hidden_states(inputs), inputs.score
-        scored: dict[int, list[TokenLogprobs]] = {}
+        scored = NOTHING_SCORED
         if score is not None:
             # Before the samples' logits are made, which the next call may overwrite.
             scored = self._scorer.score(batch, self.logits, hidden.index_select(0, score.scored), score.targets)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from model.sampling import Sampler
 from model.sampling.draw import padded_width
 from model.sampling.logprobs import Logprobs, raw_logprobs
-from server.engine.messages import TokenLogprobs
+from server.engine.explaining import Explainer
+from server.engine.messages import TokenExplanation, TokenLogprobs
 from server.engine.scheduler import ScheduledBatch
 
 # Rows whose logits exist at once: enough for products to run at full speed, and 13 MB of float32 for GPT-2's
@@ -17,10 +20,24 @@ from server.engine.scheduler import ScheduledBatch
 MAX_ROWS = 64
 
 
-class PromptScorer:
-    """Scores the rows of a step. The distribution is over all of the model's outputs, as training measures it."""
+class Scored(NamedTuple):
+    """What a step tells of prompts' tokens, by request id."""
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
+    prompt_logprobs: dict[int, list[TokenLogprobs]]
+    explained: dict[int, list[TokenExplanation]]
+
+
+NOTHING_SCORED = Scored({}, {})
+
+
+class PromptScorer:
+    """Scores the rows of a step. The distribution is over all of the model's outputs, as training measures it.
+
+    `sampler` explains the tokens of which that is asked.
+    """
+
+    def __init__(self, vocab_size: int, device: torch.device, sampler: Sampler) -> None:
+        self._sampler = sampler
         self._vocab_size = vocab_size
         self._width = padded_width(vocab_size)
         self._device = device
@@ -28,12 +45,15 @@ class PromptScorer:
 
     def score(
         self, batch: ScheduledBatch, compute_logits: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor
-    ) -> dict[int, list[TokenLogprobs]]:
-        """By request id, what the batch tells of prompts' tokens.
+    ) -> Scored:
+        """What the batch tells of prompts' tokens.
 
         `hidden` [scored, D] are the states of the rows to score and `targets` [scored] the tokens behind them, both in
         the order of `StepInputs.score`. `compute_logits` gets at most MAX_ROWS rows at a time.
         """
+        explainer = Explainer(batch, self._sampler) if Explainer.is_wanted(batch) else None
+        if explainer is not None:
+            compute_logits = explainer.watch(compute_logits)
         wanted = _wanted(batch)
         num_top = min(max(top for _, _, top in wanted), self._vocab_size)
         slices = [
@@ -57,7 +77,7 @@ class PromptScorer:
                 for index in range(row, row + count)
             ]
             row += count
-        return result
+        return Scored(result, {} if explainer is None else explainer.found)
 
     def _score_rows(self, logits: Tensor, targets: Tensor, num_top: int) -> Logprobs:
         if self._buffers.numel() == 0 and self._device.type == "cpu":
