@@ -13,7 +13,7 @@ from pathlib import Path
 from model.errors import CheckpointError
 from model.manifest import MANIFEST_FILE, Manifest, read_manifest
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, BEST = "checkpoints", "best"
 Signature = tuple[tuple[str, int, int, int], ...]
 
 
@@ -69,6 +69,15 @@ class WatchedFolder:
             return [path for path in (parent if parent.is_dir() else self.root).iterdir() if _may_be_model(path)]
         except OSError:
             return []  # the folder may come, or come back
+
+
+def first_checkpoint(root: Path) -> Path | None:
+    """What to serve of a watched folder at the start: a run's best checkpoint, or else the newest one that is there."""
+    best = root / CHECKPOINTS / BEST
+    if (best / MANIFEST_FILE).is_file():
+        return best
+    newest = WatchedFolder(root).newest()
+    return None if newest is None else newest.folder
 
 
 def signature(folder: Path) -> Signature:
