@@ -64,10 +64,10 @@ def grammar_limits() -> llguidance.LLParserLimits:
     import llguidance
 
     return llguidance.LLParserLimits(
-        max_items_in_row=1_000,
+        max_items_in_row=2_000,
         initial_lexer_fuel=200_000,
         step_lexer_fuel=30_000,
-        step_max_items=10_000,
+        step_max_items=5_000,
         max_lexer_states=20_000,
         max_grammar_size=100_000,
         verbose_errors=False,

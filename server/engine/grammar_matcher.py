@@ -37,6 +37,11 @@ class GrammarMatcher:
         self.has_failed = False
         self.is_complete = False
 
+    @property
+    def is_too_complex(self) -> bool:
+        """Whether it failed at a limit, rather than for want of a token that it allows."""
+        return self.has_failed and self._matcher.is_error() and "NoExtension" not in self._matcher.get_error()
+
     def accept(self, token_id: int) -> None:
         """Take the next generated token, which is no EOS."""
         if not self._matcher.consume_token(token_id):

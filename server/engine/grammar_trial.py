@@ -15,6 +15,7 @@ import random
 import resource
 import signal
 import sys
+import time
 from collections.abc import Iterator
 
 import msgspec
@@ -30,6 +31,8 @@ PROCESSOR_SECONDS = 0.5
 """For one grammar."""
 MEMORY_BYTES = 1 << 30
 """Of address space, beyond what the process has when it has read its vocabulary."""
+STEP_SECONDS = 0.03
+"""For one token, in processor time. Nearly every grammar takes less than a thousandth."""
 _NUM_TOKENS = 12
 _CHUNK = 1 << 16
 
@@ -41,21 +44,22 @@ class TrialResult(msgspec.Struct, frozen=True, array_like=True):
 
 
 def try_grammar(grammar: Grammar, vocabulary: GrammarVocabulary, tokenizer: object) -> None:
-    """Compile it and walk a few tokens. Raises GrammarError."""
+    """Compile it and write a few tokens by it. Raises GrammarError."""
     matcher = GrammarMatcher(compile_grammar(grammar, tokenizer), vocabulary)  # type: ignore[arg-type]
     mask = np.empty(mask_words(vocabulary.size), dtype=np.int32)
     generator = random.Random(0)
     for place in range(_NUM_TOKENS):
+        started = time.process_time()
         matcher.fill(mask, ())
-        if matcher.has_failed:
-            if place == 0:
-                raise GrammarError("allows nothing that this model's vocabulary can write; change it")
-            return
+        if time.process_time() - started > STEP_SECONDS or matcher.is_too_complex:
+            raise GrammarError("is too costly to follow; simplify it")
+        if matcher.has_failed and place == 0:
+            raise GrammarError("allows nothing that this model's vocabulary can write; change it")
         allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
-        if not len(allowed):
+        if matcher.has_failed or not len(allowed):
             return
         matcher.accept(int(generator.choice(allowed)))
-        if matcher.is_complete or matcher.has_failed:
+        if matcher.is_complete:
             return
 
 
