@@ -24,8 +24,8 @@ from server.middleware import (
     HostMiddleware,
     RequestContextMiddleware,
 )
-from server.page_files import page_files
-from server.routes import classify, explain, native, openai, ops, page, requests, score, tgi, tokenize
+from server.page_files import REFERENCE, page_files
+from server.routes import classify, explain, native, openai, ops, page, reference, requests, score, tgi, tokenize
 from server.services import Services
 from server.settings import Settings
 from server.sse import Heartbeat
@@ -41,6 +41,7 @@ ROUTERS = (
     explain.router,
     openai.router,
     page.router,
+    reference.router,
     requests.router,
     score.router,
     tgi.router,
@@ -108,6 +109,6 @@ def _middleware(settings: Settings, metrics: Metrics, keys: ApiKeys) -> list[Mid
         Middleware(RequestContextMiddleware, metrics=metrics),
         Middleware(HostMiddleware, bind_host=settings.host, allowed_hosts=settings.allowed_hosts),
         *(cors if settings.cors_origins else []),
-        Middleware(AuthMiddleware, keys=keys, page_paths=frozenset(page_files())),
+        Middleware(AuthMiddleware, keys=keys, page_paths=frozenset({*page_files(), REFERENCE})),
         Middleware(BodyLimitMiddleware, limit=settings.max_body_size),
     ]

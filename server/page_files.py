@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 INDEX = "index.html"
+REFERENCE = "/docs"
+"""Where the API is described, to whoever may see the page."""
 MEDIA_TYPES = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",

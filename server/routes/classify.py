@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from server.caller import caller_of
 from server.classification import admit_texts
+from server.openapi import request_body
 from server.output import Usage
 from server.request_body import read_body
 from server.schemas.classify import ClassifyRequest
@@ -32,15 +33,13 @@ class Answer(msgspec.Struct):
     usage: Usage
 
 
-_BODY: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {"application/json": {"schema": ClassifyRequest.model_json_schema()}},
-    }
+_EXAMPLES: dict[str, Any] = {
+    "a text": {"value": {"text": "WIN a prize now"}},
+    "several texts": {"value": {"texts": ["WIN a prize now", "See you at noon"], "truncate": True}},
 }
 
 
-@router.post("/classify", openapi_extra=_BODY, summary="Label texts")
+@router.post("/classify", openapi_extra=request_body(ClassifyRequest, examples=_EXAMPLES), summary="Label texts")
 async def classify(request: Request) -> Response:
     services: Services = request.app.state.services
     body = await read_body(request, ClassifyRequest)

@@ -15,6 +15,7 @@ from server.caller import caller_of
 from server.error_handlers import request_id
 from server.errors import ApiError, error_body
 from server.generation import Generation
+from server.openapi import request_body
 from server.output import ChoiceDelta, TokenLogprob, Usage
 from server.request_body import parse_body, read_bytes
 from server.routes.tgi import answer_tgi
@@ -61,15 +62,16 @@ class LastEvent(msgspec.Struct):
     seeds: list[int]
 
 
-_BODY: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {"application/json": {"schema": GenerateRequest.model_json_schema()}},
-    }
+_EXAMPLES: dict[str, Any] = {
+    "a text": {"value": {"prompt": "To be, or not to be", "max_tokens": 64, "temperature": 0.8}},
+    "a stream": {"value": {"prompt": "ROMEO:", "max_tokens": 200, "stop": ["\n\n"], "stream": True}},
+    "three answers with log-probabilities": {
+        "value": {"prompt": "ROMEO:", "max_tokens": 16, "n": 3, "logprobs": 2, "top_p": 0.9, "seed": 7}
+    },
 }
 
 
-@router.post("/generate", openapi_extra=_BODY, summary="Generate text")
+@router.post("/generate", openapi_extra=request_body(GenerateRequest, examples=_EXAMPLES), summary="Generate text")
 async def generate(request: Request) -> Response:
     raw = await read_bytes(request)
     if is_tgi_body(raw):

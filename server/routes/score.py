@@ -12,6 +12,7 @@ from starlette.responses import Response
 from model.tokenizer import Tokenizer
 from server.caller import caller_of
 from server.error_handlers import request_id
+from server.openapi import request_body
 from server.output import Usage
 from server.provenance import model_named, provenance
 from server.request_body import read_body
@@ -52,15 +53,17 @@ class Answer(msgspec.Struct):
     provenance: dict[str, object]
 
 
-_BODY: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {"application/json": {"schema": ScoreRequest.model_json_schema()}},
-    }
+_EXAMPLES: dict[str, Any] = {
+    "texts": {"value": {"texts": ["To be, or not to be", "Be to not or, be to"]}},
+    "each token": {"value": {"texts": ["To be, or not to be"], "return_tokens": True}},
 }
 
 
-@router.post("/score", openapi_extra=_BODY, summary="Log-probabilities, loss and perplexity of texts")
+@router.post(
+    "/score",
+    openapi_extra=request_body(ScoreRequest, examples=_EXAMPLES),
+    summary="Log-probabilities, loss and perplexity of texts",
+)
 async def score(request: Request) -> Response:
     services: Services = request.app.state.services
     body = await read_body(request, ScoreRequest)

@@ -33,15 +33,25 @@ from server.tgi_output import (
 from server.tgi_request import TgiGeneration, admit_tgi
 
 router = APIRouter()
+_EXAMPLES = {
+    "a text": {"value": {"inputs": "ROMEO:", "parameters": {"max_new_tokens": 40, "temperature": 0.8, "seed": 7}}},
+    "with details": {"value": {"inputs": "ROMEO:", "parameters": {"max_new_tokens": 8, "details": True}}},
+}
 
 
-@router.post("/", openapi_extra=request_body(TgiRequest), summary="TGI: text as a list of one answer, or as a stream")
+@router.post(
+    "/",
+    openapi_extra=request_body(TgiRequest, examples=_EXAMPLES),
+    summary="TGI: text as a list of one answer, or as a stream",
+)
 async def compatible(request: Request) -> Response:
     """TGI's route for clients of the Hub's inference API, who get the prompt back with the text unless they say no."""
     return await in_tgi_shape(_respond(request, full_text=True, in_list=True), request.scope)
 
 
-@router.post("/generate_stream", openapi_extra=request_body(TgiRequest), summary="TGI: text as a stream")
+@router.post(
+    "/generate_stream", openapi_extra=request_body(TgiRequest, examples=_EXAMPLES), summary="TGI: text as a stream"
+)
 async def generate_stream(request: Request) -> Response:
     return await in_tgi_shape(_respond(request, streamed=True), request.scope)
 

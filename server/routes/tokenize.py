@@ -8,9 +8,10 @@ from starlette.responses import Response
 
 from model.errors import TokenizerError
 from model.tokenizer import Tokenizer
-from server.errors import InvalidRequestError, UnknownModelError, loading_error
+from server.errors import InvalidRequestError
 from server.openapi import request_body
 from server.prompts import off_loop
+from server.provenance import context_of
 from server.request_body import parse_body, read_bytes
 from server.schemas.tgi import TgiTokenizeRequest
 from server.schemas.tokenize import DetokenizeRequest, TokenizeRequest
@@ -20,6 +21,11 @@ from server.tgi_request import is_tgi_body
 from server.tokenization import encode_text, place_tokens, token_text
 
 router = APIRouter()
+_TEXTS = {
+    "a text": {"value": {"text": "To be, or not to be", "return_token_strs": True}},
+    "TGI's body": {"value": {"inputs": "To be, or not to be"}},
+}
+_TOKENS = {"tokens": {"value": {"tokens": [84, 111]}}}
 
 
 class Tokens(msgspec.Struct, omit_defaults=True):
@@ -39,7 +45,9 @@ class Text(msgspec.Struct):
 
 
 @router.post(
-    "/tokenize", openapi_extra=request_body(TokenizeRequest, TgiTokenizeRequest), summary="The token ids of a text"
+    "/tokenize",
+    openapi_extra=request_body(TokenizeRequest, TgiTokenizeRequest, examples=_TEXTS),
+    summary="The token ids of a text",
 )
 async def tokenize(request: Request) -> Response:
     raw = await read_bytes(request)
@@ -52,13 +60,15 @@ async def tokenize(request: Request) -> Response:
     text, param = (body.text, "text") if body.text is not None else (body.prompt or "", "prompt")
     tokenizer = _tokenizer(body.model, services)
     ids = await encode_text(text, param, tokenizer, add_special=body.add_special_tokens)
-    answer = Tokens(ids, len(ids), services.ready_info.max_model_len)
+    answer = Tokens(ids, len(ids), context_of(services.ready_info, body.model))
     if body.return_token_strs:
         answer.token_strs = await off_loop(len(ids), lambda: [token_text(token_id, tokenizer) for token_id in ids])
     return Response(msgspec.json.encode(answer), media_type="application/json")
 
 
-@router.post("/detokenize", openapi_extra=request_body(DetokenizeRequest), summary="The text of token ids")
+@router.post(
+    "/detokenize", openapi_extra=request_body(DetokenizeRequest, examples=_TOKENS), summary="The text of token ids"
+)
 async def detokenize(request: Request) -> Response:
     services: Services = request.app.state.services
     body = parse_body(await read_bytes(request), DetokenizeRequest)
@@ -71,11 +81,7 @@ async def detokenize(request: Request) -> Response:
 
 
 def _tokenizer(name: str | None, services: Services) -> Tokenizer:
-    if name is not None and name not in services.models:
-        raise UnknownModelError
-    if services.tokenizer is None:
-        raise services.lifecycle.health_error() or loading_error()
-    return services.tokenizer
+    return services.text_tools(services.model_name(name)).tokenizer
 
 
 async def _tokenize_tgi(raw: bytes, services: Services) -> Response:

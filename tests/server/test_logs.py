@@ -149,9 +149,7 @@ def test_the_two_forms_tell_the_same() -> None:
 @pytest.mark.parametrize("form", ["json", "text"])
 def test_setup_sends_all_loggers_to_stderr_and_quietens_the_http_library(form: str) -> None:
     program = (
-        f"import logging; from server.engine.client import AsyncEngine
-from server.engine.config import EngineConfig
-from server.logs import setup_logging; setup_logging('info', {form!r});"
+        f"import logging; from server.logs import setup_logging; setup_logging('info', {form!r});"
         "logging.getLogger('server.engine').info('ours'); logging.getLogger('uvicorn.error').info('chatter');"
         "logging.getLogger('other').debug('too fine')"
     )
