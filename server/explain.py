@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 from starlette.types import Receive
 
 from model.sampling_params import SamplingParams
-from server.admission import refusal, refuse_unless_admitting, served_model, start_generation
+from server.admission import chosen_model, refusal, refuse_unless_admitting, start_generation
 from server.caller import Caller
 from server.engine.interface import EngineRequestError, EngineUnavailableError, QueueFullError, RequestStream
 from server.engine.messages import Explain, TokenExplanation
 from server.errors import ApiError, InvalidRequestError, engine_down_error, request_failed_error
 from server.interruption import Interruption
 from server.prompts import Prompt, encode_prompts, make_prompt
+from server.provenance import engine_name
 from server.schemas.explain import DEFAULT_ALTERNATIVES, ExplainRequest
 from server.services import Services
 
@@ -29,7 +30,7 @@ _PATIENCE = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Explained:
-    """`tokens` explains `token_ids` from the request's start on. `finish_reason` is None for tokens that were given, and
+    """`tokens` explains `token_ids` from the request's start on. `finish_reason` is None for tokens that were given and
     where more would have come after the last one that was asked for."""
 
     prompt: Prompt
@@ -56,7 +57,7 @@ async def explain(body: ExplainRequest, services: Services, caller: Caller, rece
 async def _prompt(body: ExplainRequest, services: Services) -> Prompt:
     """Raises InvalidRequestError for what the model cannot do."""
     arrival = time.monotonic()
-    model = served_model(body.model, services)
+    model = chosen_model(body.model, body.seed, services)
     [token_ids] = await encode_prompts([body.prompt], model.tokenizer)
     tokens, max_tokens = body.tokens, body.max_tokens
     if tokens is not None:
@@ -98,6 +99,7 @@ class _Explaining:
         """Submits the first window. Raises ApiError."""
         self._engine, self._lifecycle, self._metrics = services.engine, services.lifecycle, services.metrics
         self._prompt, self._token_ids, self._pool = prompt, token_ids, pool
+        self._model = engine_name(services.ready_info, prompt.model)
         num_top = DEFAULT_ALTERNATIVES if body.logprobs is None else body.logprobs
         self._wanted = Explain(prompt.params, prompt.token_ids[0], len(prompt.token_ids), num_top)
         self._starts = list(range(body.start, len(token_ids), _TOKENS_PER_STEP))
@@ -152,6 +154,7 @@ class _Explaining:
             prompt_logprobs_start=len(self._prompt.token_ids) + start,
             pool=self._pool,
             explain=self._wanted,
+            model=self._model,
         )
 
     async def _submit_in_turn(self, start: int) -> RequestStream:

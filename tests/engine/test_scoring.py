@@ -167,7 +167,8 @@ def test_a_preempted_score_tells_each_token_once(llama_checkpoint: Path, max_tok
     ids = random_ids(130, 9)
     scored = score(7, ids, 1, params=SamplingParams(max_tokens=max_tokens, ignore_eos=True))
     outputs = run(engine, *growing, scored)
-    assert [each.timings.num_preemptions > 0 for each in outputs if each.request_id == 7 and each.timings] == [True]
+    timings = [each.timings for each in outputs if each.request_id == 7 and each.finish_reason is not None]
+    assert [each is not None and each.num_preemptions > 0 for each in timings] == [True]
     check(joined(outputs, 7), expected_logprobs(llama_checkpoint, ids), ids, 1)
     assert sum(len(output.token_ids) for output in outputs if output.request_id == 7) == max_tokens
 
