@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 
 from server.caller import ANYONE, Caller
 from server.engine.interface import EngineClient, EngineUnavailableError, QueueFullError
@@ -12,7 +13,6 @@ from server.errors import (
     ApiError,
     BusyError,
     TaskNotServedError,
-    UnknownModelError,
     engine_down_error,
     loading_error,
 )
@@ -20,7 +20,9 @@ from server.generation import Generation
 from server.history import HistoryEntry
 from server.metrics import Metrics
 from server.prompts import Prompt, ServedModel, native_prompt
+from server.provenance import context_of, model_named
 from server.schemas.native import GenerateRequest
+from server.seeds import draw_seed
 from server.services import Services
 
 _OTHER_TASK = {
@@ -32,23 +34,36 @@ _OTHER_TASK = {
 async def admit(body: GenerateRequest, services: Services, caller: Caller = ANYONE) -> Generation:
     """Check the request against the model at hand and hand it to the engine. Raises ApiError."""
     arrival = time.monotonic()
-    model = served_model(body.model, services)
+    model = chosen_model(body.model, body.seed, services)
     return start_generation([await native_prompt(body, model, arrival)], services, caller)
 
 
 def served_model(name: str | None, services: Services) -> ServedModel:
     """The model that a request names, the first one by default, once it can be asked for text. Raises ApiError."""
-    if name is not None and name not in services.models:
-        raise UnknownModelError
+    known = services.model_name(name)
     refuse_unless_admitting(services)
     require_task(services, GENERATION)
-    info, tokenizer = services.ready_info, services.tokenizer
-    assert tokenizer is not None, "admission needs a loaded tokenizer"
-    width = info.models[0].config["vocab_size"]
+    info, tools = services.ready_info, services.text_tools(known)
+    width = model_named(info, known).config["vocab_size"]
     assert isinstance(width, int)
-    capacity = info.max_num_seqs + services.settings.max_queued_requests
-    grammar_check = services.grammars.of(tokenizer)
-    return ServedModel(tokenizer, width, info.max_model_len, capacity, services.chat_template, grammar_check)
+    return ServedModel(
+        tokenizer=tools.tokenizer,
+        output_width=width,
+        max_model_len=context_of(info, known),
+        max_sequences=info.max_num_seqs + services.settings.max_queued_requests,
+        chat_template=tools.chat_template,
+        grammar_check=services.grammars.of(tools.tokenizer),
+        name=known,
+    )
+
+
+def chosen_model(name: str | None, seed: int | None, services: Services) -> ServedModel:
+    """As `served_model`, for a request that draws tokens: where it names a split, its seed chooses the model."""
+    split = None if name is None else services.splits.get(name)
+    if split is None or name is None:
+        return served_model(name, services)
+    drawn = draw_seed() if seed is None else seed
+    return replace(served_model(split.choose(name, drawn), services), seed=drawn)
 
 
 def start_generation(prompts: list[Prompt], services: Services, caller: Caller = ANYONE) -> Generation:
@@ -56,17 +71,15 @@ def start_generation(prompts: list[Prompt], services: Services, caller: Caller =
     refuse_unless_admitting(services)
     try:
         _check_deadline(prompts[0].deadline, caller.pool, services.metrics)
-        assert services.tokenizer is not None, "admission needs a loaded tokenizer"
-        generation = Generation(
-            prompts, services.tokenizer, services.engine, services.lifecycle, services.metrics, caller.pool
-        )
+        tokenizer = services.text_tools(prompts[0].model).tokenizer
+        generation = Generation(prompts, tokenizer, services.engine, services.lifecycle, services.metrics, caller.pool)
     except (QueueFullError, EngineUnavailableError, BusyError) as error:
         refused = _refusal(error, prompts, services, caller)
         services.metrics.count_rejection(refused.code)
         raise refused from None
     if services.history is not None:
         block_size = services.ready_info.block_size
-        services.history.add(HistoryEntry(caller, services.models[0], block_size, generation))
+        services.history.add(HistoryEntry(caller, generation.model, block_size, generation))
     return generation
 
 

@@ -89,7 +89,8 @@ def _services(settings: Settings, engine: EngineClient) -> Services:
         lifecycle=Lifecycle(engine, settings.health_timeout),
         metrics=Metrics(engine, name, prefix_caching=settings.prefix_caching, routes=routes),
         heartbeat=Heartbeat(settings.ping_interval, settings.write_timeout),
-        models=[name],
+        models=settings.model_names,
+        splits=settings.splits,
         history=RequestHistory(settings.request_history) if settings.request_history else None,
     )
 

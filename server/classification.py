@@ -18,7 +18,6 @@ from server.errors import (
     ApiError,
     ClientGoneError,
     InvalidRequestError,
-    UnknownModelError,
     engine_down_error,
     request_failed_error,
 )
@@ -34,8 +33,7 @@ _NO_SAMPLING = SamplingParams(max_tokens=1)
 
 async def admit_texts(body: ClassifyRequest, services: Services, pool: int = OPEN_POOL) -> Classification:
     """Check the request against the model at hand and hand its texts to the engine. Raises ApiError."""
-    if body.model is not None and body.model not in services.models:
-        raise UnknownModelError
+    services.model_name(body.model)
     refuse_unless_admitting(services)
     require_task(services, CLASSIFICATION)
     token_ids = await _token_ids(body, services)

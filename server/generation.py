@@ -18,7 +18,7 @@ from server.lifecycle import Lifecycle
 from server.metrics import FinishedSequence, Metrics
 from server.output import ChoiceDelta, ChoiceOutput, Usage, join_deltas
 from server.prompts import Prompt
-from server.provenance import model_named, provenance
+from server.provenance import engine_name, model_named, provenance
 from server.seeds import choice_seed
 
 Emit = Callable[[ChoiceDelta], Awaitable[None]]
@@ -43,6 +43,8 @@ class Generation:
         self._error: ApiError | None = None
         self._interrupted = False
         self.prompts = prompts
+        self.model = prompts[0].model
+        """The name of the model that answers."""
         self._prompt_of = [prompt for prompt in prompts for _ in range(prompt.n)]
         self.seeds = [choice_seed(prompt.params.seed, i) for prompt in prompts for i in range(prompt.n)]
         self.choices = [
@@ -67,7 +69,8 @@ class Generation:
         self._engine.check_admission(len(self.choices), num_tokens, self._pool)
         info = self._engine.info
         assert info is not None, "an engine that admits has said what it serves"
-        self.provenance = provenance(model_named(info, None))
+        self.provenance = provenance(model_named(info, self.model))
+        model = engine_name(info, self.model)
         try:
             for prompt, seed in zip(self._prompt_of, self.seeds, strict=True):
                 params = replace(prompt.params, seed=seed)
@@ -78,6 +81,7 @@ class Generation:
                         prompt.deadline,
                         prompt_logprobs=prompt.prompt_logprobs,
                         pool=self._pool,
+                        model=model,
                     )
                 )
         except BaseException:

@@ -14,7 +14,7 @@ from server.settings import EngineSettings
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "Files": ("input", "output", "seed"),
-    "Model": ("model", "served_model_name", "device", "dtype", "quantization", "strict_self_check"),
+    "Model": ("model", "served_model_name", "split", "shadow", "device", "dtype", "quantization", "strict_self_check"),
     "Engine": (
         "attention_backend",
         "num_threads",
@@ -55,6 +55,7 @@ _METAVARS: dict[str, str] = {
     "model": "FOLDER", "api_key_file": "FILE", "input": "FILE", "output": "FILE", "kv_cache_memory": "SIZE",
     "max_body_size": "SIZE", "served_model_name": "NAME", "allowed_hosts": "NAMES", "cors_origins": "ORIGINS",
     "host": "HOST", "attention_backend": "NAME", "otlp_endpoint": "URL",
+    "split": "SPLIT", "shadow": "SHADOW",
 }  # fmt: skip
 _NAMES_OF_TYPES = {int: "N", float: "SECONDS", str: "TEXT", Path: "PATH"}
 _INDENT = 26

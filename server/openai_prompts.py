@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from model.chat_template import ChatTemplate, render_chat
 from model.errors import TokenizerError
 from model.grammar import Grammar
@@ -36,11 +38,11 @@ async def completion_prompts(body: CompletionRequest, model: ServedModel, arriva
     encoded = await encode_prompts(body.prompts, model.tokenizer)
     return [
         make_prompt(
-            token_ids, body, body.max_tokens, model,
+            token_ids, body, body.max_tokens, model if index == 0 else replace(model, seed=None),
             arrival=arrival, logprobs=body.logprobs, echo=echo_text(prompt, model.tokenizer) if body.echo else "",
             prompt_logprobs=_prompt_logprobs(body), grammar=grammar,
         )
-        for prompt, token_ids in zip(body.prompts, encoded, strict=True)
+        for index, (prompt, token_ids) in enumerate(zip(body.prompts, encoded, strict=True))
     ]  # fmt: skip
 
 

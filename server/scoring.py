@@ -18,6 +18,7 @@ from server.engine.messages import EngineInfo
 from server.errors import ApiError, ClientGoneError, engine_down_error, request_failed_error
 from server.interruption import Interruption
 from server.metrics import FinishedSequence
+from server.provenance import engine_name
 from server.schemas.score import ScoreRequest
 from server.score_texts import ScoredText, read_texts, window_stride
 from server.services import Services
@@ -38,7 +39,7 @@ async def admit_scoring(body: ScoreRequest, services: Services, pool: int = OPEN
     texts = await read_texts(body, model)
     refuse_unless_admitting(services)
     try:
-        return Scoring(texts, model.max_model_len, window_stride(body, model), services, pool)
+        return Scoring(texts, model.max_model_len, window_stride(body, model), services, pool, model.name)
     except (QueueFullError, EngineUnavailableError) as error:
         refused = refusal(error, services)
         services.metrics.count_rejection(refused.code)
@@ -49,11 +50,18 @@ class Scoring:
     """Texts that are read in windows, a few at a time; whoever creates it calls `run`."""
 
     def __init__(
-        self, texts: list[ScoredText], context: int, stride: int, services: Services, pool: int = OPEN_POOL
+        self,
+        texts: list[ScoredText],
+        context: int,
+        stride: int,
+        services: Services,
+        pool: int = OPEN_POOL,
+        model: str | None = None,
     ) -> None:
         """Submits the first windows, all or none. Raises EngineUnavailableError or QueueFullError."""
         self._engine, self._lifecycle, self._metrics = services.engine, services.lifecycle, services.metrics
         self._pool = pool
+        self._model = engine_name(services.ready_info, model)
         self._arrival = time.monotonic()
         self.texts = texts
         self._jobs: Iterator[_Job] = ((text, window) for text in texts for window in text.windows(context, stride))
@@ -124,6 +132,7 @@ class Scoring:
             prompt_logprobs=0,
             prompt_logprobs_start=window.skip + 1,
             pool=self._pool,
+            model=self._model,
         )
         self._streams[stream.request_id] = stream
         return stream

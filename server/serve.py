@@ -12,6 +12,7 @@ import resource
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -25,7 +26,7 @@ from server.engine.interface import EngineClient, EngineUnavailableError
 from server.engine.messages import CLASSIFICATION, GENERATION
 from server.lifecycle import Signals
 from server.protocol import ConnectionLimits, guarded_protocol
-from server.services import Services
+from server.services import Services, TextTools
 from server.settings import Settings
 from server.summary import loading_shown, show_summary
 from server.telemetry import flush_spans
@@ -98,22 +99,29 @@ async def load(services: Services, load_tokenizer: LoadTokenizer) -> None:
     """Wait for the engine, the tokenizer and the chat template. Raises StartupError."""
     settings = services.settings
     try:
-        _, tokenizer, chat_template = await asyncio.gather(
+        _, tokenizer, chat_template, further = await asyncio.gather(
             services.engine.wait_ready(),
             asyncio.to_thread(load_tokenizer, settings),
-            asyncio.to_thread(_load_chat_template, settings),
+            asyncio.to_thread(_load_chat_template, settings.model_path),
+            asyncio.to_thread(_load_further, settings),
         )
     except EngineUnavailableError as error:
         raise StartupError(services.engine.fault or str(error)) from None
     except QuillError as error:
         raise StartupError(str(error)) from None
-    services.set_tokenizer(tokenizer, chat_template)
+    services.set_tokenizer(tokenizer, chat_template, further)
 
 
-def _load_chat_template(settings: Settings) -> ChatTemplate | None:
+def _load_further(settings: Settings) -> dict[str, TextTools]:
+    """Those of all models but the first, by name."""
+    pairs = zip(settings.model_names[1:], settings.model_paths[1:], strict=True)
+    return {name: TextTools(Tokenizer.load(path), _load_chat_template(path)) for name, path in pairs}
+
+
+def _load_chat_template(folder: Path) -> ChatTemplate | None:
     """One that cannot be used costs the chat route alone."""
     try:
-        return load_chat_template(settings.model_path)
+        return load_chat_template(folder)
     except TokenizerError as error:
         logger.warning("chat is not served: %s", error)
         return None

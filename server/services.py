@@ -8,18 +8,29 @@ from model.chat_template import ChatTemplate
 from model.tokenizer import Tokenizer
 from server.engine.interface import EngineClient
 from server.engine.messages import EngineInfo
-from server.errors import loading_error
+from server.errors import InvalidRequestError, UnknownModelError, loading_error
 from server.grammar_checks import GrammarChecks
 from server.history import RequestHistory
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
 from server.settings import Settings
+from server.splits import Split
 from server.sse import Heartbeat
+
+
+@dataclass(frozen=True, slots=True)
+class TextTools:
+    """How a model's tokens are written."""
+
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None = None
 
 
 @dataclass
 class Services:
-    """`tokenizer` and `chat_template` are set once they are loaded, before any request is admitted."""
+    """`tokenizer` and `chat_template`, the first model's, and `further` ones by name are set once they are loaded,
+    before any request is admitted. `models` are the served models' names, `splits` names that several of them answer.
+    """
 
     settings: Settings
     engine: EngineClient
@@ -29,12 +40,35 @@ class Services:
     history: RequestHistory | None = None
     tokenizer: Tokenizer | None = None
     chat_template: ChatTemplate | None = None
+    further: dict[str, TextTools] = field(default_factory=dict)
     models: list[str] = field(default_factory=list)
+    splits: dict[str, Split] = field(default_factory=dict)
     grammars: GrammarChecks = field(default_factory=GrammarChecks)
 
-    def set_tokenizer(self, tokenizer: Tokenizer, chat_template: ChatTemplate | None = None) -> None:
-        self.tokenizer, self.chat_template = tokenizer, chat_template
+    def set_tokenizer(
+        self,
+        tokenizer: Tokenizer,
+        chat_template: ChatTemplate | None = None,
+        further: dict[str, TextTools] | None = None,
+    ) -> None:
+        self.tokenizer, self.chat_template, self.further = tokenizer, chat_template, further or {}
         self.lifecycle.tokenizer_loaded = True
+
+    def model_name(self, name: str | None) -> str:
+        """The model that a request names, by default the first. Raises UnknownModelError, and InvalidRequestError for
+        the name of a split, which only requests for text may use."""
+        if name in self.splits:
+            models = ", ".join(self.splits[name].models)
+            raise InvalidRequestError(f"model names a split; name one of its models: {models}", param="model")
+        if name is not None and name not in self.models:
+            raise UnknownModelError
+        return self.models[0] if name is None else name
+
+    def text_tools(self, name: str) -> TextTools:
+        """Of one of `models`. Raises what a client is told before they are loaded."""
+        if self.tokenizer is None:
+            raise self.lifecycle.health_error() or loading_error()
+        return self.further.get(name) or TextTools(self.tokenizer, self.chat_template)
 
     @property
     def ready_info(self) -> EngineInfo:

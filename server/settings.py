@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, ByteSize, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import BeforeValidator, ByteSize, Field, TypeAdapter, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
 from model.errors import QuillError
 from model.hub import HubName, pinned_name, resolve_model
-from server.engine.config import EngineConfig
+from server.engine.config import EngineConfig, ModelSource
+from server.splits import Shadow, Split, parse_shadows, parse_splits
 
 BUNDLED_MODEL = "shakespeare"
 MIB = 1 << 20
@@ -42,6 +43,7 @@ def _bytes(value: object) -> int:
 
 
 Names = Annotated[list[str], NoDecode, BeforeValidator(_split)]
+ServedName = Annotated[str, Field(min_length=1, max_length=200)]
 Size = Annotated[int, BeforeValidator(_bytes)]
 
 
@@ -60,10 +62,11 @@ class EngineSettings(BaseSettings):
     )
 
     model: Annotated[list[Path], NoDecode, BeforeValidator(_split)] = Field(
-        default=[], description="checkpoint folder, or a name on the Hub; without it the bundled checkpoint is served"
+        default=[],
+        description="checkpoint folder, or a name on the Hub; may be repeated; without it the bundled one is served",
     )
-    served_model_name: str | None = Field(
-        None, min_length=1, max_length=200, description="default: the folder's name, or that on the Hub"
+    served_model_name: Annotated[list[ServedName], NoDecode, BeforeValidator(_split)] = Field(
+        default=[], description="the models' names, in their order; default: the folder's name, or that on the Hub"
     )
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
@@ -89,23 +92,27 @@ class EngineSettings(BaseSettings):
     speculation: bool = Field(True, description="on the CPU, compute guesses at a text's repetitions; same tokens")
     prefix_caching: bool = Field(True, description="reuse the KV blocks of equal prefixes")
 
-    @field_validator("model")
-    @classmethod
-    def _one_model(cls, value: list[Path]) -> list[Path]:
-        if len(value) > 1:
-            raise ValueError("serves one model for now: give it once")
-        return value
+    @property
+    def model_paths(self) -> list[Path]:
+        return self.model or [bundled_model_path()]
+
+    @property
+    def model_names(self) -> list[str]:
+        """The names that clients use, in the order of the paths."""
+        names = [path.resolve().name or BUNDLED_MODEL for path in self.model_paths]
+        return [*self.served_model_name, *names[len(self.served_model_name) :]]
 
     @property
     def model_path(self) -> Path:
-        return self.model[0] if self.model else bundled_model_path()
+        """The first model's, which answers requests that name none."""
+        return self.model_paths[0]
 
     @property
     def model_name(self) -> str:
-        """The name that clients use."""
-        return self.served_model_name or self.model_path.resolve().name or BUNDLED_MODEL
+        return self.model_names[0]
 
     def engine_config(self) -> EngineConfig:
+        sources = [ModelSource(str(path), name) for path, name in zip(self.model_paths, self.model_names, strict=True)]
         return EngineConfig(
             model_path=str(self.model_path),
             model_name=self.model_name,
@@ -123,6 +130,7 @@ class EngineSettings(BaseSettings):
             speculation=self.speculation,
             deterministic=self.deterministic,
             strict_self_check=self.strict_self_check,
+            further_models=tuple(sources[1:]),
         )
 
 
@@ -139,6 +147,9 @@ class Settings(EngineSettings):
     request_history: int = Field(
         0, ge=0, le=100_000, description="requests kept in memory for GET /requests/{id}, with their prompts' tokens"
     )
+
+    split: Names = Field(default=[], description="a name that several models answer: NAME=MODEL:WEIGHT,MODEL:WEIGHT")
+    shadow: Names = Field(default=[], description="score a share of a model's answers: MODEL=CANDIDATE:FRACTION")
 
     api_key_file: Path | None = Field(None, description="file with one API key a line; # starts a comment")
     allowed_hosts: Names = Field(default=[], description="further Host names to answer for; * for any")
@@ -160,6 +171,16 @@ class Settings(EngineSettings):
         pattern=r"^https?://[^\s/?#]+(/[^\s?#]*)?$",
         description="OpenTelemetry collector that gets spans, by HTTP",
     )
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        """By name. Raises ValueError with a sentence."""
+        return parse_splits(self.split, self.model_names)
+
+    @property
+    def shadows(self) -> dict[str, Shadow]:
+        """By the model whose answers are scored. Raises ValueError with a sentence."""
+        return parse_shadows(self.shadow, self.model_names)
 
     def engine_config(self) -> EngineConfig:
         return replace(super().engine_config(), trace_requests=self.request_history > 0)
@@ -190,24 +211,47 @@ def parse_settings(kind: type[AnySettings], argv: list[str]) -> AnySettings:
         raise UsageError(_sentence(error)) from None
     except SettingsError as error:
         raise UsageError(str(error).removeprefix("error parsing CLI: ")) from None
-    _check_model_folder(settings.model_path)
+    for folder in settings.model_paths:
+        _check_model_folder(folder)
     return settings
 
 
 def resolve_model_names(settings: AnySettings) -> AnySettings:
     """The settings with folders in place of names on the Hub, fetched where the cache lacks them, with a progress bar.
 
-    Clients keep using the name. Raises UsageError.
+    Clients keep using the names. Raises UsageError, for names that two models share too.
     """
-    name = None if settings.model_path.exists() else HubName.parse(str(settings.model_path))
-    if name is None:
-        return settings
+    given = len(settings.served_model_name)
+    if given > len(settings.model_paths):
+        raise UsageError(f"--served-model-name: gives {given} names for {len(settings.model_paths)} models")
+    paths, names = [], list(settings.model_names)
+    for index, path in enumerate(settings.model_paths):
+        name = None if path.exists() else HubName.parse(str(path))
+        paths.append(path if name is None else _fetch(name, path))
+        if name is not None and index >= given:
+            names[index] = name.repo
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UsageError(f"--served-model-name: two models are called {twice}; give each a name of its own")
+    return settings.model_copy(update={"model": paths, "served_model_name": names})
+
+
+def _fetch(name: HubName, path: Path) -> Path:
     try:
-        folder = resolve_model(str(settings.model_path))
+        folder = resolve_model(str(path))
     except QuillError as error:
         raise UsageError(f"--model: {error}") from None
     print(f"quill: {name} is {pinned_name(name, folder)}", file=sys.stderr)
-    return settings.model_copy(update={"model": [folder], "served_model_name": settings.served_model_name or name.repo})
+    return folder
+
+
+def check_aliases(settings: Settings) -> None:
+    """Raises UsageError for a split or a shadow that cannot be."""
+    for option in ("split", "shadow"):
+        try:
+            _ = settings.splits if option == "split" else settings.shadows
+        except ValueError as error:
+            raise UsageError(f"--{option} (QUILL_{option.upper()}): {error}") from None
 
 
 def _sentence(error: ValidationError) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pydantic import TypeAdapter
 
 from model.grammar import Grammar
-from server.admission import served_model, start_generation
+from server.admission import chosen_model, start_generation
 from server.caller import Caller
 from server.errors import InvalidRequestError
 from server.generation import Generation
@@ -56,7 +56,7 @@ async def admit_tgi(body: TgiRequest, services: Services, caller: Caller, *, str
     """Check the request against the model at hand and hand it to the engine. Raises ApiError."""
     received = time.monotonic()
     parameters = _WITHOUT_PARAMETERS if body.parameters is None else body.parameters
-    model = served_model(body.model, services)
+    model = chosen_model(body.model, parameters.seed, services)
     sampled = _is_sampled(parameters)
     _check_parameters(parameters, model, sampled=sampled, streamed=streamed)
     grammar = tgi_grammar(parameters.grammar)

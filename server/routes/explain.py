@@ -89,21 +89,22 @@ async def post_explain(request: Request) -> Response:
     services: Services = request.app.state.services
     body = await read_body(request, ExplainRequest)
     explained = await explain(body, services, caller_of(request.scope), request.receive)
-    assert services.tokenizer is not None, "admission needs a loaded tokenizer"
+    name = explained.prompt.model
+    tokenizer = services.text_tools(name).tokenizer
     has_seed = body.tokens is None or body.seed is not None
     answer = Answer(
         id="explain-" + request_id(request.scope).removeprefix("req-"),
-        model=body.model or services.models[0],
+        model=name,
         created=int(time.time()),
         token_ids=explained.token_ids,
         finish_reason=explained.finish_reason,
         seed=explained.prompt.params.seed if has_seed else None,
         tokens=[
-            _token(index, told, services.tokenizer, has_seed=has_seed)
+            _token(index, told, tokenizer, has_seed=has_seed)
             for index, told in enumerate(explained.tokens, start=body.start)
         ],
         usage=_usage(explained, body),
-        provenance=provenance(model_named(services.ready_info, body.model)),
+        provenance=provenance(model_named(services.ready_info, name)),
     )
     return Response(msgspec.json.encode(answer), media_type="application/json")
 

@@ -79,12 +79,11 @@ async def generate(request: Request) -> Response:
     services: Services = request.app.state.services
     body = parse_body(raw, GenerateRequest)
     generation = await admit(body, services, caller_of(request.scope))
-    model = body.model or services.models[0]
     if body.stream:
-        events = NativeEvents(generation_id(request.scope), model, generation.provenance)
+        events = NativeEvents(generation_id(request.scope), generation.model, generation.provenance)
         return StreamedGeneration(generation, events, services.heartbeat)
     try:
-        return await _whole_answer(generation, request, model, services)
+        return await _whole_answer(generation, request)
     finally:
         generation.close()
 
@@ -93,11 +92,11 @@ def generation_id(scope: Scope) -> str:
     return "gen-" + request_id(scope).removeprefix("req-")
 
 
-async def _whole_answer(generation: Generation, request: Request, model: str, services: Services) -> Response:
+async def _whole_answer(generation: Generation, request: Request) -> Response:
     choices = await generation.collect(request.receive)
     answer = Answer(
         id=generation_id(request.scope),
-        model=model,
+        model=generation.model,
         created=int(time.time()),
         choices=[_choice(whole, seed) for whole, seed in zip(choices, generation.seeds, strict=True)],
         usage=generation.usage,

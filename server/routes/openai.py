@@ -7,14 +7,16 @@ import time
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from server.admission import served_model, start_generation
+from server.admission import chosen_model, start_generation
 from server.caller import caller_of
+from server.engine.messages import EngineInfo
 from server.error_handlers import request_id
 from server.errors import UnknownModelError
 from server.openai_output import AnswerSource, ChatFormat, CompletionFormat
 from server.openai_prompts import chat_prompt, completion_prompts
 from server.openapi import request_body
 from server.prompts import Prompt, ServedModel
+from server.provenance import context_of
 from server.request_body import read_body
 from server.routes.ops import json_response
 from server.schemas.openai import ChatCompletionRequest, CompletionRequest, OpenAIFields
@@ -45,7 +47,7 @@ async def completions(request: Request) -> Response:
     services: Services = request.app.state.services
     body = await read_body(request, CompletionRequest)
     arrival = time.monotonic()
-    model = served_model(body.model, services)
+    model = chosen_model(body.model, body.seed, services)
     prompts = await completion_prompts(body, model, arrival)
     return await _answer(request, body, model, prompts, "cmpl-", CompletionFormat)
 
@@ -59,7 +61,7 @@ async def chat_completions(request: Request) -> Response:
     services: Services = request.app.state.services
     body = await read_body(request, ChatCompletionRequest)
     arrival = time.monotonic()
-    model = served_model(body.model, services)
+    model = chosen_model(body.model, body.seed, services)
     prompt = await chat_prompt(body, model, arrival)
     return await _answer(request, body, model, [prompt], "chatcmpl-", ChatFormat)
 
@@ -73,7 +75,7 @@ async def _answer(
     source = AnswerSource(
         id=prefix + request_id(request.scope).removeprefix("req-"),
         created=int(time.time()),
-        model=body.model or services.models[0],
+        model=model.name,
         provenance=generation.provenance,
     )
     answer_format = make_format(source, generation, model.tokenizer, body)
@@ -89,13 +91,13 @@ async def _answer(
 @router.get("/v1/models", summary="The served models, in OpenAI's shape")
 async def list_models(request: Request) -> Response:
     services: Services = request.app.state.services
-    return json_response({"object": "list", "data": [_describe(name, services) for name in services.models]})
+    return json_response({"object": "list", "data": [_describe(name, services) for name in _names(services)]})
 
 
 @router.get("/v1/models/{model:path}", summary="One served model, in OpenAI's shape")
 async def retrieve_model(model: str, request: Request) -> Response:
     services: Services = request.app.state.services
-    if model not in services.models:
+    if model not in _names(services):
         raise UnknownModelError
     return json_response(_describe(model, services))
 
@@ -107,5 +109,15 @@ def _describe(name: str, services: Services) -> dict[str, object]:
         "object": "model",
         "created": _STARTED,
         "owned_by": "quill",
-        "max_model_len": None if info is None else info.max_model_len,
+        "max_model_len": None if info is None else _context(name, info, services),
     }
+
+
+def _names(services: Services) -> list[str]:
+    return [*services.models, *services.splits]
+
+
+def _context(name: str, info: EngineInfo, services: Services) -> int:
+    """Of a split, what all its models can take."""
+    split = services.splits.get(name)
+    return min(context_of(info, model) for model in ([name] if split is None else split.models))

@@ -81,9 +81,13 @@ async def info(request: Request) -> Response:
                     "weights": model.weights_digest,
                     "provenance": model.provenance,
                     "self_check": model.self_check,
+                    "max_model_len": model.max_model_len or engine.max_model_len,
                 }
                 for model in engine.models
             ],
+            "splits": {name: split.shares for name, split in services.splits.items()},
+            "shadows": {live: {"model": shadow.candidate, "fraction": shadow.fraction}
+                        for live, shadow in services.settings.shadows.items()},
             "limits": {
                 "max_model_len": engine.max_model_len,
                 "max_num_seqs": engine.max_num_seqs,

@@ -70,10 +70,11 @@ async def score(request: Request) -> Response:
     scoring = await admit_scoring(body, services, caller_of(request.scope).pool)
     served = model_named(services.ready_info, body.model)
     texts = await scoring.run(request.receive)
-    tokenizer = services.tokenizer if body.return_tokens else None
+    name = services.model_name(body.model)
+    tokenizer = services.text_tools(name).tokenizer if body.return_tokens else None
     answer = Answer(
         id="score-" + request_id(request.scope).removeprefix("req-"),
-        model=body.model or services.models[0],
+        model=name,
         created=int(time.time()),
         results=[_result(text, tokenizer) for text in texts],
         usage=Usage(scoring.num_tokens, 0, 0),

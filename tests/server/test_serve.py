@@ -173,7 +173,10 @@ def test_wrong_usage_is_one_sentence_and_exit_2(
     (tmp_path / "empty").mkdir()
     model = ["--model", str(folder)]
     for arguments, words in (
-        ([*model, "--model", str(folder)], "--model"),
+        ([*model, "--model", str(folder)], "two models are called"),
+        ([*model, "--served-model-name", "a,b"], "--served-model-name: gives 2 names for 1 models"),
+        ([*model, "--split", "chat=tiny:1,other:2"], "--split (QUILL_SPLIT): names other, which is not served"),
+        ([*model, "--shadow", "tiny=tiny:0.5"], "--shadow (QUILL_SHADOW): must give each model one other model"),
         (["--model", str(tmp_path / "none")], "does not exist"),
         (["--model", str(folder / "config.json")], "is not a folder"),
         (["--model", str(tmp_path / "empty")], "holds no config.json"),
