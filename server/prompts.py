@@ -41,12 +41,14 @@ class Prompt:
     deadline: float | None = None
     echo: str = ""
     prompt_logprobs: int | None = None
+    model: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
     """What a body is checked against. `output_width` is how many token ids the model's output distinguishes,
-    `max_sequences` how many the server takes at once, running and waiting. `grammar_check` is its tokenizer's."""
+    `max_sequences` how many the server takes at once, running and waiting. `grammar_check` is its tokenizer's.
+    `seed` is for a request that has none, where one had to be drawn to choose the model."""
 
     tokenizer: Tokenizer
     output_width: int
@@ -54,6 +56,8 @@ class ServedModel:
     max_sequences: int
     chat_template: ChatTemplate | None = None
     grammar_check: GrammarCheck | None = None
+    name: str = ""
+    seed: int | None = None
 
 
 async def native_prompt(body: GenerateRequest, model: ServedModel, arrival: float) -> Prompt:
@@ -116,12 +120,13 @@ def make_prompt(
     count = _max_tokens(max_tokens, len(token_ids), model.max_model_len, names)
     return Prompt(
         token_ids=token_ids,
-        params=_sampling_params(fields, count, logprobs, grammar),
+        params=_sampling_params(fields, count, logprobs, grammar, model.seed),
         n=fields.n,
         stops=fields.stop_strings,
         deadline=None if fields.deadline_ms is None else arrival + fields.deadline_ms / 1000,
         echo=echo,
         prompt_logprobs=prompt_logprobs,
+        model=model.name,
     )
 
 
@@ -177,8 +182,9 @@ def _max_tokens(asked: int | None, prompt_length: int, context: int, names: tupl
 
 
 def _sampling_params(
-    fields: SamplingFields, max_tokens: int, logprobs: int | None, grammar: Grammar | None
+    fields: SamplingFields, max_tokens: int, logprobs: int | None, grammar: Grammar | None, drawn_seed: int | None
 ) -> SamplingParams:
+    seed = drawn_seed if fields.seed is None else fields.seed
     try:
         return SamplingParams(
             max_tokens=max_tokens,
@@ -191,7 +197,7 @@ def _sampling_params(
             presence_penalty=fields.presence_penalty,
             frequency_penalty=fields.frequency_penalty,
             logit_bias=dict(fields.logit_bias),
-            seed=draw_seed() if fields.seed is None else fields.seed,
+            seed=draw_seed() if seed is None else seed,
             stop_token_ids=tuple(fields.stop_token_ids),
             ignore_eos=fields.ignore_eos,
             logprobs=logprobs,
