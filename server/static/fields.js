@@ -15,6 +15,8 @@ export const READERS = {
   lines: (control) => some(control.value.split("\n").filter((line) => line !== "").map(unescape)),
   ids: (control) => some(readIds(control.value)),
   bias: (control) => readBias(control.value),
+  // Its type stands in the control of the same name with _type.
+  grammar: (control) => readGrammar(control.form.elements[`${control.name}_type`].value, control.value),
 };
 
 function readNumber(control) {
@@ -51,6 +53,26 @@ function readBias(text) {
     return [String(Number(match[1])), Number(match[2])];
   });
   return entries.length ? Object.fromEntries(entries) : undefined;
+}
+
+/** The grammar as {type, value}, or undefined without any text. */
+export function readGrammar(type, text) {
+  if (text.trim() === "") return undefined;
+  if (type === "choice") return { type, value: text.split("\n").filter((line) => line !== "") };
+  return { type, value: type === "json_schema" ? readSchema(text) : text };
+}
+
+function readSchema(text) {
+  let schema;
+  try {
+    schema = JSON.parse(text);
+  } catch {
+    throw new FieldError("Write the schema as JSON, an object in braces.");
+  }
+  if (typeof schema !== "object" || schema === null || Array.isArray(schema)) {
+    throw new FieldError("Write the schema as JSON, an object in braces.");
+  }
+  return schema;
 }
 
 function unescape(line) {

@@ -48,7 +48,7 @@ _PROMPTS = [
     b'{"prompt": [1], "max_tokens": 256}', _with(prompt=[1] * 300, max_tokens=None), b'{"prompt": [1e3]}',
 ]  # fmt: skip
 _UNKNOWN = [
-    _with(**{CANARY: 1}), _with(grammar=None), _with(grammar={"type": "regex", "value": "a"}), _with(best_of=2),
+    _with(**{CANARY: 1}), _with(best_of=2),
     _with(cache_salt=CANARY), _with(chat_template="{{ x }}"), _with(temprature=1), _with(Temperature=1),
     _with(__proto__={}), _with(inputs="a"), _with(**{"x" * 3000: 1}), _with(**{"../../etc/passwd": 1}), _with(url="x"),
 ]  # fmt: skip

@@ -72,7 +72,7 @@ async def test_a_conversation_that_the_template_refuses(engine: FakeEngine) -> N
 def refusals() -> Iterator[tuple[str, str, Any]]:
     """Route, field and a value that asks for something."""
     asking = {
-        "response_format": {"type": "json_object"}, "tool_choice": "required", "function_call": {"name": CANARY},
+        "tool_choice": "required", "function_call": {"name": CANARY},
         "modalities": ["text", "audio"], "skip_special_tokens": False, "prompt_logprobs": 0,
         "truncate_prompt_tokens": 5,
     }  # fmt: skip
