@@ -44,7 +44,7 @@ class WeightsLeases:
         """The weights that are served under the name, or by default; None before anything is."""
         return self._current.get(self._name(model))
 
-    def hold(self, model: str | None) -> WeightsLease:
+    def hold(self, model: str | None = None) -> WeightsLease:
         name, weights = self._name(model), self.current(model)
         if weights is None:
             return WeightsLease(None, lambda: None)

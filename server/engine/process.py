@@ -42,6 +42,8 @@ Engine = LLMEngine | ClassificationEngine
 
 # An idle engine still says that it lives this often, in seconds.
 _HEARTBEAT = 0.5
+# And looks this often whether new weights have been loaded.
+_LOADING_POLL = 0.02
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(EngineInput)
 
@@ -96,7 +98,8 @@ def _serve(channel: SocketChannel, engine: Engine) -> None:
     loader = WeightsLoader(engine) if isinstance(engine, LLMEngine) else None
     while True:
         refused: list[SequenceOutput] = []
-        messages = channel.receive(0.0 if engine.has_unfinished or unchecked is not None else _HEARTBEAT)
+        patience = _HEARTBEAT if loader is None or not loader.is_loading else _LOADING_POLL
+        messages = channel.receive(0.0 if engine.has_unfinished or unchecked is not None else patience)
         for message in messages:
             request = _decoder.decode(message)
             if isinstance(request, Shutdown):

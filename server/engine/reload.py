@@ -41,6 +41,10 @@ class WeightsLoader:
         self._started = 0.0
         self._switch_interval = sys.getswitchinterval()
 
+    @property
+    def is_loading(self) -> bool:
+        return self._request is not None
+
     def start(self, request: LoadWeights) -> WeightsLoaded | None:
         """Begin to load; the answer where that cannot be."""
         if self._request is not None:
