@@ -86,10 +86,11 @@ def compile_grammar(grammar: Grammar, tokenizer: llguidance.LLTokenizer) -> llgu
 
 
 def _source(grammar: Grammar) -> str:
-    from llguidance import LLMatcher
+    from llguidance import LLMatcher, regex_to_lark
 
     if grammar.type == "regex":
-        return LLMatcher.grammar_from_regex(grammar.value)
+        # \\d, \\w and \\s mean ASCII, as in a JSON schema's patterns: few who write them think of the other 600 digits.
+        return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(grammar.value, 'dws')}/")
     if grammar.type == "lark":
         return LLMatcher.grammar_from_lark(grammar.value)
     if grammar.type == "choice":

@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-import torch
 
-from model.checkpoint import save_model
-from model.config import llama_config
 from model.grammar import Grammar
-from model.sampling_params import SamplingParams
-from model.tokenizer import Tokenizer
-from model.transformer import Transformer
-from server.engine.config import EngineConfig
 from server.engine.grammar_compiler import GrammarCompiler
 from server.engine.grammar_matcher import GrammarMatcher
 from server.engine.grammar_vocabulary import GrammarVocabulary
 from server.engine.llm_engine import LLMEngine
-from server.engine.messages import AddRequest, SequenceOutput
+from server.engine.messages import AddRequest
+from tests.engine.grammar_model import drain, make_engine, make_model, request, run
 from tests.engine.mixed_load import cache_bytes
 
-TOKENIZER = Tokenizer.bytes()
-EOS = 256
-IDS = itertools.count()
 OBJECT = {
     "type": "object",
     "properties": {"name": {"enum": ["quill", "reed"]}, "sharp": {"type": "boolean"}, "size": {"type": "integer"}},
@@ -42,54 +31,12 @@ WORDS = "(red|green|blue)( (red|green|blue)){0,3}"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model over bytes whose EOS is the tokenizer's."""
-    folder = tmp_path_factory.mktemp("grammar") / "model"
-    config = llama_config(2, 4, 2, 64, 128, vocab_size=257, max_seq_len=256)
-    model = Transformer(replace(config, eos_token_id=EOS, bos_token_id=EOS))
-    model.init_weights(seed=5)
-    save_model(folder, model, dtype=torch.float32)
-    TOKENIZER.save(folder)
-    return folder
+    return make_model(tmp_path_factory.mktemp("grammar") / "model")
 
 
 @pytest.fixture(scope="module")
 def engine(folder: Path) -> LLMEngine:
     return make_engine(folder)
-
-
-def make_engine(folder: Path, **changes: Any) -> LLMEngine:
-    settings = {"dtype": "float32", "max_num_seqs": 12, "max_num_batched_tokens": 128} | changes
-    return LLMEngine(EngineConfig(str(folder), "test", device="cpu", **settings))
-
-
-def request(number: int, grammar: Grammar | None, **values: Any) -> AddRequest:
-    """`number` is its seed; ids are never used twice."""
-    params = SamplingParams(**{"max_tokens": 120, "seed": number, "grammar": grammar} | values)
-    return AddRequest(next(IDS), list(b"The answer: "), params, time.monotonic())
-
-
-def drain(engine: LLMEngine) -> list[SequenceOutput]:
-    """All outputs of what the engine has."""
-    outputs: list[SequenceOutput] = []
-    while engine.has_unfinished:
-        outputs += engine.step().outputs
-    return outputs
-
-
-def run(engine: LLMEngine, requests: list[AddRequest]) -> dict[int, tuple[str, str, list[int]]]:
-    """By the requests' numbers their texts, finish_reasons and ids."""
-    numbers = {each.request_id: each.params.seed for each in requests}
-    ids: dict[int, list[int]] = {each.request_id: [] for each in requests}
-    texts: dict[int, tuple[str, str, list[int]]] = {}
-    for each in requests:
-        engine.add(each)
-    for output in drain(engine):
-        got = ids[output.request_id]
-        got += output.token_ids
-        if output.finish_reason is not None:
-            shown = got if output.keeps_last or output.finish_reason != "stop" else got[:-1]
-            texts[numbers[output.request_id]] = (TOKENIZER.decode(shown), output.finish_reason, got)
-    return texts
 
 
 def mixed() -> list[AddRequest]:
