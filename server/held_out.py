@@ -35,14 +35,14 @@ her that I shall be home before the winter, said the boy, and that nothing is wr
 """
 
 
-class NoSampleError(Exception):
-    """There is no text to compare by; one sentence for the operator."""
+class WatchError(Exception):
+    """Nothing can be compared, and so nothing is reloaded; one sentence for the operator."""
 
 
 def make_sample(root: Path, text_file: Path | None, tokenizer: Tokenizer, context: int) -> Sample:
     """`text_file` if it is given, or the held-out data of the run in the folder `root`, or our own lines.
 
-    Raises NoSampleError for a text that this tokenizer cannot read, or that has too few tokens.
+    Raises WatchError for a text that this tokenizer cannot read, or that has too few tokens.
     """
     if text_file is not None:
         ids = _encode(_read_text(text_file), tokenizer, f"--watch-text: {text_file}")
@@ -52,7 +52,7 @@ def make_sample(root: Path, text_file: Path | None, tokenizer: Tokenizer, contex
     windows = [ids[start : start + size + 1] for start in range(0, len(ids) - 1, size)][:_MOST_WINDOWS]
     windows = [window for window in windows if len(window) > 1]
     if not windows:
-        raise NoSampleError("--watch-text: gives fewer than two tokens; give a longer text")
+        raise WatchError("--watch-text: gives fewer than two tokens; give a longer text")
     return Sample(windows, windows[0][: min(_CANARY_TOKENS, max(1, context // 2))])
 
 
@@ -61,16 +61,14 @@ def _read_text(path: Path) -> str:
         with path.open("rb") as file:
             return file.read(_MOST_BYTES).decode("utf-8", "ignore")  # a character may be cut at the end
     except OSError as error:
-        raise NoSampleError(f"--watch-text: {path} cannot be read: {error.strerror}") from None
+        raise WatchError(f"--watch-text: {path} cannot be read: {error.strerror}") from None
 
 
 def _encode(text: str, tokenizer: Tokenizer, what: str) -> list[int]:
     try:
         return tokenizer.encode(text, add_special=False)
     except TokenizerError as error:
-        raise NoSampleError(
-            f"{what} does not fit the model's tokenizer ({error}); give another by --watch-text"
-        ) from None
+        raise WatchError(f"{what} does not fit the model's tokenizer ({error}); give another by --watch-text") from None
 
 
 def _held_out_of_run(root: Path, tokenizer: Tokenizer) -> list[int]:

@@ -36,6 +36,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "write_timeout",
         "ping_interval",
     ),
+    "Reload": ("watch", "watch_text", "watch_tolerance", "watch_interval"),
     "Limits": ("max_queued_requests", "max_queued_tokens", "max_body_size"),
     "Security": ("api_key_file", "allowed_hosts", "cors_origins"),
     "Operations": (

@@ -84,9 +84,17 @@ class ReloadCollector(Collector):
         yield family
         last = reloads.last_attempt
         for name, text, value in (
-            ("live_nll", "Nats per token of held-out text: the live weights", reloads.live and reloads.live.loss),
-            ("candidate_nll", "Nats per token of held-out text: the last checkpoint tried", last and last.loss),
-            ("reload_seconds", "How long the last checkpoint's trial took", last and last.seconds),
+            (
+                "live_nll",
+                "Nats per token of held-out text: the live weights",
+                None if reloads.live is None else reloads.live.loss,
+            ),
+            (
+                "candidate_nll",
+                "Nats per token of held-out text: the last checkpoint tried",
+                None if last is None else last.loss,
+            ),
+            ("reload_seconds", "How long the last checkpoint's trial took", None if last is None else last.seconds),
         ):
             if value is not None:
                 gauge = GaugeMetricFamily(f"quill:{name}", text, labels=["model_name"])

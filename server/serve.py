@@ -24,12 +24,14 @@ from server.app import create_app
 from server.auth import ApiKeys
 from server.engine.interface import EngineClient, EngineUnavailableError
 from server.engine.messages import CLASSIFICATION, GENERATION
+from server.held_out import WatchError
 from server.lifecycle import Signals
 from server.protocol import ConnectionLimits, guarded_protocol
 from server.services import Services, TextTools
 from server.settings import Settings
 from server.summary import loading_shown, show_summary
 from server.telemetry import flush_spans
+from server.watching import make_watcher
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -78,12 +80,15 @@ async def serve(
     server = HttpServer(uvicorn_config(app, settings))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     starting = asyncio.create_task(_start(services, load_tokenizer, listener))
+    watching = asyncio.create_task(_follow_checkpoints(services, starting))
     try:
         return await _watch(services, starting, serving, signals)
     finally:
         starting.cancel()
+        watching.cancel()
         server.should_exit = True
         await asyncio.gather(engine.close(), serving)
+        await asyncio.wait([watching])
         await flush_spans(tracer_provider)
 
 
@@ -93,6 +98,20 @@ async def _start(services: Services, load_tokenizer: LoadTokenizer, listener: so
         await load(services, load_tokenizer)
     show_summary(services.ready_info, services.settings, server_url(listener))
     print(greeting(services, listener), flush=True)
+
+
+async def _follow_checkpoints(services: Services, starting: asyncio.Task[None]) -> None:
+    """With --watch, serve newer checkpoints from the moment on at which requests are taken."""
+    await asyncio.wait([starting])
+    if services.settings.watch is None or services.tokenizer is None:
+        return
+    try:
+        watcher = make_watcher(services, services.tokenizer)
+    except WatchError as error:
+        logger.error("no checkpoint will be reloaded: %s", error)
+        return
+    if watcher is not None:
+        await watcher.run()
 
 
 async def load(services: Services, load_tokenizer: LoadTokenizer) -> None:

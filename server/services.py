@@ -13,6 +13,7 @@ from server.grammar_checks import GrammarChecks
 from server.history import RequestHistory
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
+from server.reloads import Reloads
 from server.settings import Settings
 from server.splits import Split
 from server.sse import Heartbeat
@@ -38,6 +39,7 @@ class Services:
     metrics: Metrics
     heartbeat: Heartbeat
     history: RequestHistory | None = None
+    reloads: Reloads | None = None
     tokenizer: Tokenizer | None = None
     chat_template: ChatTemplate | None = None
     further: dict[str, TextTools] = field(default_factory=dict)

@@ -15,6 +15,7 @@ from model.errors import QuillError
 from model.hub import HubName, pinned_name, resolve_model
 from server.engine.config import EngineConfig, ModelSource
 from server.splits import Shadow, Split, parse_shadows, parse_splits
+from server.watch import first_checkpoint
 
 BUNDLED_MODEL = "shakespeare"
 MIB = 1 << 20
@@ -151,6 +152,18 @@ class Settings(EngineSettings):
     split: Names = Field(default=[], description="a name that several models answer: NAME=MODEL:WEIGHT,MODEL:WEIGHT")
     shadow: Names = Field(default=[], description="score a share of a model's answers: MODEL=CANDIDATE:FRACTION")
 
+    watch: Path | None = Field(
+        None,
+        description="training run or folder of models, whose newest checkpoint replaces the first model if no worse",
+    )
+    watch_text: Path | None = Field(
+        None, description="text to compare checkpoints by; default: the run's held-out data, or a few lines of ours"
+    )
+    watch_tolerance: float = Field(
+        0.01, ge=0, le=100, description="nats per token by which a newer checkpoint may be worse"
+    )
+    watch_interval: float = Field(2.0, ge=0.05, le=3600, description="seconds between two looks at the watched folder")
+
     api_key_file: Path | None = Field(None, description="file with one API key a line; # starts a comment")
     allowed_hosts: Names = Field(default=[], description="further Host names to answer for; * for any")
     cors_origins: Names = Field(default=[], description="browser origins to allow; none by default")
@@ -199,7 +212,21 @@ def bundled_model_path() -> Path:
 
 def load_settings(argv: list[str]) -> Settings:
     """The server's settings from the command line and the environment. Raises UsageError with one sentence."""
-    return parse_settings(Settings, argv)
+    settings = parse_settings(Settings, argv)
+    return settings if settings.watch is None else _follow(settings, settings.watch)
+
+
+def _follow(settings: Settings, watch: Path) -> Settings:
+    """Where no model is given, a watched folder's, under the folder's name. Raises UsageError."""
+    if not watch.is_dir():
+        raise UsageError(f"--watch: {watch} is no folder; give a training run or a folder of model folders")
+    if settings.model:
+        return settings
+    folder = first_checkpoint(watch)
+    if folder is None:
+        raise UsageError(f"--watch: {watch} holds no checkpoint yet; say by --model what to serve until it does")
+    names = settings.served_model_name or [watch.resolve().name]
+    return settings.model_copy(update={"model": [folder], "served_model_name": names})
 
 
 def parse_settings(kind: type[AnySettings], argv: list[str]) -> AnySettings:

@@ -86,8 +86,10 @@ async def info(request: Request) -> Response:
                 for model in engine.models
             ],
             "splits": {name: split.shares for name, split in services.splits.items()},
-            "shadows": {live: {"model": shadow.candidate, "fraction": shadow.fraction}
-                        for live, shadow in services.settings.shadows.items()},
+            "shadows": {
+                live: {"model": shadow.candidate, "fraction": shadow.fraction}
+                for live, shadow in services.settings.shadows.items()
+            },
             "limits": {
                 "max_model_len": engine.max_model_len,
                 "max_num_seqs": engine.max_num_seqs,
@@ -105,6 +107,7 @@ async def info(request: Request) -> Response:
             "attention_backend": engine.attention_backend,
             "deterministic": engine.deterministic,
             "load_seconds": engine.load_seconds,
+            "reload": None if services.reloads is None else services.reloads.values(),
             "versions": {"quill": version(), "torch": engine.torch_version, "python": platform.python_version()},
             **tgi_info(services, version()),
         }
