@@ -124,7 +124,7 @@ class Generation:
             if self._interrupted:
                 raise (self._error or ClientGoneError()) from None
             self.end_reason = "error"
-            self._metrics.count_finish("error", self._num_unfinished)
+            self._metrics.count_finish("error", self._num_unfinished, self.model)
             if isinstance(error, GrammarFailedError):
                 raise grammar_failed_error() from None
             raise (request_failed_error() if self._engine.state == "ready" else engine_down_error()) from None
@@ -156,7 +156,7 @@ class Generation:
             return
         self._interrupted = True
         self._error = error
-        self._metrics.count_finish("abort", self._num_unfinished)
+        self._metrics.count_finish("abort", self._num_unfinished, self.model)
         if self._task is None:
             self.close()
         else:
@@ -182,7 +182,7 @@ class Generation:
         first = 0
         for prompt in self.prompts:
             choices = self.choices[first : first + prompt.n]
-            self._metrics.observe_request(prompt.n, max(choice.num_tokens for choice in choices))
+            self._metrics.observe_request(prompt.n, max(choice.num_tokens for choice in choices), self.model)
             first += prompt.n
 
     async def _pump(self, index: int, emit: Emit) -> None:
@@ -195,7 +195,9 @@ class Generation:
             if output.token_ids or output.finish_reason is not None:
                 now = time.monotonic()
                 is_first = last == self.arrival
-                self._metrics.observe_tokens(now - last, len(output.token_ids), first=is_first, pool=self._pool)
+                self._metrics.observe_tokens(
+                    now - last, len(output.token_ids), first=is_first, pool=self._pool, model=self.model
+                )
                 last = now
             self.timings[index] = output.timings or self.timings[index]
             self.traces[index] = output.trace
@@ -221,5 +223,6 @@ class Generation:
                 timings=self.timings[choice.index],
                 cached_tokens=choice.cached_tokens,
                 max_tokens=prompt.params.max_tokens,
-            )
+            ),
+            self.model,
         )

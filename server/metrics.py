@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
@@ -15,7 +16,7 @@ from prometheus_client.core import HistogramMetricFamily
 
 from server.engine.interface import EngineClient
 from server.engine.messages import RequestTimings
-from server.metrics_export import HISTOGRAMS, ServerCollector
+from server.metrics_export import HISTOGRAMS, ITERATION_TOKENS, ServerCollector
 
 FINISH_REASONS = ("stop", "length", "deadline", "abort", "error")
 REJECTIONS = ("queue_full", "deadline_unreachable", "loading", "draining", "engine_down")
@@ -66,29 +67,49 @@ class Histogram:
         self._counts[bisect.bisect_left(self._bounds, value)] += count
         self._sum += value * count
 
-    def family(self, name: str, text: str, labels: dict[str, str]) -> HistogramMetricFamily:
+    def add_to(self, family: HistogramMetricFamily, labels: list[str]) -> None:
+        """Enter it into a family of metrics, under these values of its labels."""
         total, buckets = 0, []
         for bound, count in zip((*map(str, map(float, self._bounds)), "+Inf"), self._counts, strict=True):
             total += count
             buckets.append((bound, total))
-        family = HistogramMetricFamily(name, text, labels=[*labels])
-        family.add_metric([*labels.values()], buckets, self._sum)
-        return family
+        family.add_metric(labels, buckets, self._sum)
+
+
+class ModelMetrics:
+    """What is counted of one model's requests. `histograms` are by their names in HISTOGRAMS."""
+
+    def __init__(self) -> None:
+        self.cached_tokens = 0
+        self.finished = dict.fromkeys(FINISH_REASONS, 0)
+        self.histograms = {
+            name: Histogram(bounds) for name, (_, bounds) in HISTOGRAMS.items() if name != ITERATION_TOKENS
+        }
+
+    def add(self, name: str, value: float, count: int = 1) -> None:
+        self.histograms[name].add(value, count)
 
 
 class Metrics:
-    """What one server counts; `render` gives the exposition text. `histograms` are by their names in HISTOGRAMS."""
+    """What one server counts; `render` gives the exposition text. Requests that name no model count as the first's."""
 
-    def __init__(self, engine: EngineClient, model_name: str, *, prefix_caching: bool, routes: list[str]) -> None:
+    def __init__(
+        self,
+        engine: EngineClient,
+        model_name: str,
+        *,
+        prefix_caching: bool,
+        routes: list[str],
+        further_models: Sequence[str] = (),
+    ) -> None:
         self.model_name = model_name
+        self.models = {name: ModelMetrics() for name in (model_name, *further_models)}
         self.engine = engine
         self.prefix_caching = prefix_caching
-        self.cached_tokens = 0
-        self.finished = dict.fromkeys(FINISH_REASONS, 0)
         self.rejected = dict.fromkeys(REJECTIONS, 0)
         self.http = {(route, status): 0 for route in [*routes, "other"] for status in STATUS_CLASSES}
-        self.histograms = {name: Histogram(bounds) for name, (_, bounds) in HISTOGRAMS.items()}
-        engine.on_step = self.histograms["iteration_tokens_total"].add
+        self.iteration_tokens = Histogram(HISTOGRAMS[ITERATION_TOKENS][1])
+        engine.on_step = self.iteration_tokens.add
         self._waits: dict[int, _Wait] = {}
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
@@ -107,10 +128,14 @@ class Metrics:
         if code in self.rejected:
             self.rejected[code] += 1
 
-    def count_finish(self, reason: str, count: int = 1) -> None:
-        self.finished[reason if reason in self.finished else "error"] += count
+    def of(self, model: str) -> ModelMetrics:
+        return self.models.get(model) or self.models[self.model_name]
 
-    def observe_tokens(self, seconds: float, count: int, *, first: bool, pool: int = 0) -> None:
+    def count_finish(self, reason: str, count: int = 1, model: str = "") -> None:
+        finished = self.of(model).finished
+        finished[reason if reason in finished else "error"] += count
+
+    def observe_tokens(self, seconds: float, count: int, *, first: bool, pool: int = 0, model: str = "") -> None:
         """`count` tokens arrived together, `seconds` after the previous ones or, the first, after the request.
 
         None at all arrive where a deadline passes; a request that gets none has waited for a token all the same.
@@ -118,14 +143,14 @@ class Metrics:
         if first:
             self._waits.setdefault(pool, _Wait()).remember(seconds)
             if count:
-                self._add("time_to_first_token_seconds", seconds)
+                self.of(model).add("time_to_first_token_seconds", seconds)
         elif count:
-            self.histograms["inter_token_latency_seconds"].add(seconds / count, count)
+            self.of(model).add("inter_token_latency_seconds", seconds / count, count)
 
-    def observe_finish(self, ended: FinishedSequence) -> None:
-        self.count_finish(ended.reason)
-        self.cached_tokens += ended.cached_tokens
-        add = self._add
+    def observe_finish(self, ended: FinishedSequence, model: str = "") -> None:
+        self.count_finish(ended.reason, model=model)
+        self.of(model).cached_tokens += ended.cached_tokens
+        add = self.of(model).add
         add("e2e_request_latency_seconds", ended.seconds)
         add("request_prompt_tokens", ended.prompt_tokens)
         add("request_generation_tokens", ended.generated_tokens)
@@ -133,30 +158,29 @@ class Metrics:
         if ended.max_tokens is not None:
             add("request_params_max_tokens", ended.max_tokens)
         if ended.timings is not None:
-            self._observe_timings(ended.timings, ended.generated_tokens)
+            self._observe_timings(ended.timings, ended.generated_tokens, self.of(model))
 
-    def _observe_timings(self, timings: RequestTimings, generated: int) -> None:
-        self._add("request_num_preemptions", timings.num_preemptions)
+    @staticmethod
+    def _observe_timings(timings: RequestTimings, generated: int, metrics: ModelMetrics) -> None:
+        add = metrics.add
+        add("request_num_preemptions", timings.num_preemptions)
         if not timings.first_scheduled:
             return
-        self._add("request_queue_time_seconds", max(0.0, timings.first_scheduled - timings.arrival))
+        add("request_queue_time_seconds", max(0.0, timings.first_scheduled - timings.arrival))
         if not timings.finished:
             return
-        self._add("request_inference_time_seconds", timings.finished - timings.first_scheduled)
+        add("request_inference_time_seconds", timings.finished - timings.first_scheduled)
         if timings.first_token:
             decode = timings.finished - timings.first_token
-            self._add("request_prefill_time_seconds", timings.first_token - timings.first_scheduled)
-            self._add("request_decode_time_seconds", decode)
+            add("request_prefill_time_seconds", timings.first_token - timings.first_scheduled)
+            add("request_decode_time_seconds", decode)
             if generated > 1:
-                self._add("request_time_per_output_token_seconds", decode / (generated - 1))
+                add("request_time_per_output_token_seconds", decode / (generated - 1))
 
-    def observe_request(self, n: int, most_tokens: int) -> None:
+    def observe_request(self, n: int, most_tokens: int, model: str = "") -> None:
         """All `n` answers to a prompt have ended, the longest of them with `most_tokens`."""
-        self._add("request_params_n", n)
-        self._add("request_max_num_generation_tokens", most_tokens)
-
-    def _add(self, name: str, value: float) -> None:
-        self.histograms[name].add(value)
+        self.of(model).add("request_params_n", n)
+        self.of(model).add("request_max_num_generation_tokens", most_tokens)
 
     def expected_wait(self, pool: int = 0) -> float:
         """Seconds a new request will wait for its first token, by what recent ones of its pool of clients met; 0 when

@@ -6,10 +6,10 @@ Names, labels and meanings were read beside vLLM's own (vllm/v1/metrics/loggers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
@@ -24,6 +24,7 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.25
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000)
 _COUNTS = (0, 1, 2, 5, 10, 20)
 
+ITERATION_TOKENS = "iteration_tokens_total"
 HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
     "time_to_first_token_seconds": ("From arrival to the first token", _SECONDS),
     "inter_token_latency_seconds": ("Between tokens", _SECONDS),
@@ -40,7 +41,7 @@ HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
     "request_params_max_tokens": ("max_tokens of a request", _TOKENS),
     "request_params_n": ("n of a request", _COUNTS[1:]),
     "request_num_preemptions": ("How often a request was preempted", _COUNTS),
-    "iteration_tokens_total": ("Tokens computed in a step of the engine", _TOKENS),
+    ITERATION_TOKENS: ("Tokens computed in a step of the engine", _TOKENS),
 }
 """Without vllm: in front; what they measure, and their buckets' upper bounds."""
 
@@ -58,21 +59,32 @@ class ServerCollector(Collector):
     def _labels(self) -> dict[str, str]:
         return {"model_name": self._m.model_name, "engine": ENGINE}
 
+    def _by_model(self, total: int, name: str) -> dict[str, float]:
+        """A number of EngineStats as its models share it; only several are told apart."""
+        models = self._m.engine.stats.models
+        return {model.name: getattr(model, name) for model in models} or {self._m.model_name: total}
+
     def _gauges(self) -> Iterator[Metric]:
         stats = self._m.engine.stats
         used = stats.num_blocks - stats.num_free_blocks
         usage = used / stats.num_blocks if stats.num_blocks else 0.0
-        yield self._gauge("vllm:num_requests_running", "Sequences that run in the engine", stats.num_running)
-        yield self._gauge("vllm:num_requests_waiting", "Sequences that wait for their first step", stats.num_waiting)
+        num_waiting = self._by_model(stats.num_waiting, "num_waiting")
+        yield self._gauge(
+            "vllm:num_requests_running",
+            "Sequences that run in the engine",
+            self._by_model(stats.num_running, "num_running"),
+        )
+        yield self._gauge("vllm:num_requests_waiting", "Sequences that wait for their first step", num_waiting)
         waiting = GaugeMetricFamily(
             "vllm:num_requests_waiting_by_reason",
             "Sequences that wait, all of them for room",
             labels=[*self._labels, "reason"],
         )
-        waiting.add_metric([*self._labels.values(), "capacity"], stats.num_waiting)
+        for model, value in num_waiting.items():
+            waiting.add_metric([model, ENGINE, "capacity"], value)
         yield waiting
         for name in ("kv_cache_usage_perc", "gpu_cache_usage_perc"):  # the second one is what vLLM called it before
-            yield self._gauge(f"vllm:{name}", "Share of KV blocks in use, 0 to 1", usage)
+            yield self._gauge(f"vllm:{name}", "Share of KV blocks in use, 0 to 1", dict.fromkeys(self._m.models, usage))
         up = GaugeMetricFamily("quill:engine_up", "1 when the engine takes requests", labels=["model_name"])
         up.add_metric([self._m.model_name], self._m.engine.state == "ready")
         yield up
@@ -107,22 +119,23 @@ class ServerCollector(Collector):
 
     def _counters(self) -> Iterator[Metric]:
         stats = self._m.engine.stats
-        for name, text, value in (
-            ("prompt_tokens", "Prompt tokens processed", stats.prompt_tokens),
-            ("prompt_tokens_cached", "Prompt tokens of ended requests that the cache had", self._m.cached_tokens),
-            ("generation_tokens", "Tokens generated", stats.generation_tokens),
-            ("num_preemptions", "Sequences preempted for want of blocks", stats.num_preemptions),
-            ("prefix_cache_queries", "Prompt tokens looked up", stats.prefix_cache_queries),
-            ("prefix_cache_hits", "Prompt tokens found in the cache", stats.prefix_cache_hits),
-            ("spec_decode_num_drafts", "Guesses at the next tokens", stats.spec_decode_num_drafts),
-            ("spec_decode_num_draft_tokens", "Tokens guessed", stats.spec_decode_num_draft_tokens),
-            ("spec_decode_num_accepted_tokens", "Tokens guessed right", stats.spec_decode_num_accepted_tokens),
+        for name, text in (
+            ("prompt_tokens", "Prompt tokens processed"),
+            ("generation_tokens", "Tokens generated"),
+            ("num_preemptions", "Sequences preempted for want of blocks"),
+            ("prefix_cache_queries", "Prompt tokens looked up"),
+            ("prefix_cache_hits", "Prompt tokens found in the cache"),
+            ("spec_decode_num_drafts", "Guesses at the next tokens"),
+            ("spec_decode_num_draft_tokens", "Tokens guessed"),
+            ("spec_decode_num_accepted_tokens", "Tokens guessed right"),
         ):
-            family = CounterMetricFamily(f"vllm:{name}", text, labels=[*self._labels])
-            family.add_metric([*self._labels.values()], value)
-            yield family
-        yield self._by_label("request_success", "Sequences ended, by reason", "finished_reason", self._m.finished)
-        yield self._by_label("admission_rejections", "Requests refused, by reason", "reason", self._m.rejected)
+            yield self._counter(name, text, self._by_model(getattr(stats, name), name))
+        cached = {model: metrics.cached_tokens for model, metrics in self._m.models.items()}
+        yield self._counter("prompt_tokens_cached", "Prompt tokens of ended requests that the cache had", cached)
+        finished = {model: metrics.finished for model, metrics in self._m.models.items()}
+        yield self._by_label("request_success", "Sequences ended, by reason", "finished_reason", finished)
+        rejected = {self._m.model_name: self._m.rejected}
+        yield self._by_label("admission_rejections", "Requests refused, by reason", "reason", rejected)
         http = CounterMetricFamily("quill:http_requests", "Answers, by route and class", labels=["route", "status"])
         for (route, status), count in self._m.http.items():
             http.add_metric([route, status], count)
@@ -130,18 +143,36 @@ class ServerCollector(Collector):
 
     def _histograms(self) -> Iterator[Metric]:
         for name, (text, _) in HISTOGRAMS.items():
-            yield self._m.histograms[name].family(f"vllm:{name}", text, self._labels)
+            yield self._histogram(name, text, name)
         # What dashboards for earlier versions of vLLM ask for.
-        latency = self._m.histograms["inter_token_latency_seconds"]
-        yield latency.family("vllm:time_per_output_token_seconds", "Between tokens", self._labels)
+        yield self._histogram("time_per_output_token_seconds", "Between tokens", "inter_token_latency_seconds")
 
-    def _gauge(self, name: str, text: str, value: float) -> Metric:
-        family = GaugeMetricFamily(name, text, labels=[*self._labels])
-        family.add_metric([*self._labels.values()], value)
+    def _histogram(self, name: str, text: str, source: str) -> Metric:
+        family = HistogramMetricFamily(f"vllm:{name}", text, labels=[*self._labels])
+        if source == ITERATION_TOKENS:
+            self._m.iteration_tokens.add_to(family, [*self._labels.values()])
+            return family
+        for model, metrics in self._m.models.items():
+            metrics.histograms[source].add_to(family, [model, ENGINE])
         return family
 
-    def _by_label(self, name: str, text: str, label: str, counts: dict[str, int]) -> Metric:
+    def _gauge(self, name: str, text: str, values: dict[str, float]) -> Metric:
+        """`values` by model."""
+        family = GaugeMetricFamily(name, text, labels=[*self._labels])
+        for model, value in values.items():
+            family.add_metric([model, ENGINE], value)
+        return family
+
+    def _counter(self, name: str, text: str, values: Mapping[str, float]) -> Metric:
+        family = CounterMetricFamily(f"vllm:{name}", text, labels=[*self._labels])
+        for model, value in values.items():
+            family.add_metric([model, ENGINE], value)
+        return family
+
+    def _by_label(self, name: str, text: str, label: str, counts: dict[str, dict[str, int]]) -> Metric:
+        """`counts` by model, and in it by the label's value."""
         family = CounterMetricFamily(f"vllm:{name}", text, labels=[*self._labels, label])
-        for value, count in counts.items():
-            family.add_metric([*self._labels.values(), value], count)
+        for model, values in counts.items():
+            for value, count in values.items():
+                family.add_metric([model, ENGINE, value], count)
         return family

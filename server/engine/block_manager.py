@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 
 from model.errors import QuillError
 from server.engine.sequence import Sequence
@@ -67,7 +67,7 @@ class BlockManager:
     first; after them the least recently freed, and of one sequence the tail before the head, for a block is only
     of use with all blocks before it.
 
-    `prefix_cache_queries` and `prefix_cache_hits` count prompt tokens looked up and found at first admissions.
+    `queries` and `hits` count, by generation, prompt tokens looked up and found at first admissions.
     Raises BlockConfigError for sizes below 1.
     """
 
@@ -80,14 +80,22 @@ class BlockManager:
         self.prefix_caching = prefix_caching
         self._block_sizes = {0: block_size}
         self._retired: set[int] = set()
-        self.prefix_cache_queries = 0
-        self.prefix_cache_hits = 0
+        self.queries: Counter[int] = Counter()
+        self.hits: Counter[int] = Counter()
         self._ref_counts = [0] * num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))  # a stack; block 0 comes first
         self._free_cached: OrderedDict[int, None] = OrderedDict()  # least recently freed first
         self._contents: list[BlockContent | None] = [None] * num_blocks  # set while the block is in _cached
         self._cached: dict[bytes, int] = {}
         self._epoch = 0
+
+    @property
+    def prefix_cache_queries(self) -> int:
+        return self.queries.total()
+
+    @property
+    def prefix_cache_hits(self) -> int:
+        return self.hits.total()
 
     @property
     def block_size(self) -> int:
@@ -278,8 +286,9 @@ class BlockManager:
         seq.cache_epoch = _NO_EPOCH if seq.score_only else self._epoch
         if not seq.num_preemptions:
             seq.cached_tokens = seq.num_computed_tokens
-            self.prefix_cache_queries += seq.num_prompt_tokens if seq.prompt_score is None else seq.num_reusable_tokens
-            self.prefix_cache_hits += seq.cached_tokens
+            looked_up = seq.num_prompt_tokens if seq.prompt_score is None else seq.num_reusable_tokens
+            self.queries[seq.generation] += looked_up
+            self.hits[seq.generation] += seq.cached_tokens
 
     def _register(self, seq: Sequence, index: int) -> None:
         """Make the sequence's full block `index` findable, unless an equal one already is."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
 import time
 from pathlib import Path
@@ -26,14 +25,12 @@ from server.engine.messages import (
     EngineStats,
     ModelInfo,
     ModelStats,
-    RequestTimings,
     RequestTrace,
     SequenceOutput,
     StepOutput,
-    TokenExplanation,
-    TokenLogprobs,
 )
 from server.engine.model_runner import ModelRunner, RunOutput
+from server.engine.outputs import finished_output, logprobs_by_request, make_output, trace_step
 from server.engine.runners import Runners, load_runners
 from server.engine.scheduler import Counters, ScheduledBatch, Scheduler
 from server.engine.self_check import require_no_failure, run_self_check
@@ -135,7 +132,7 @@ class LLMEngine:
         """Run one step. Requests that ended or got tokens are in its outputs."""
         ended = self._admit_grammars()
         batch = self.scheduler.schedule()
-        outputs = [_finished_output(seq) for seq in [*ended, *batch.expired]]
+        outputs = [finished_output(seq) for seq in [*ended, *batch.expired]]
         if not batch.is_empty:
             for generation, part in batch.by_generation():
                 outputs += self._run(part, self.runners[generation])
@@ -234,7 +231,8 @@ class LLMEngine:
 
     def _model_stats(self, name: str) -> ModelStats:
         total, num_running, num_waiting = Counters(), 0, 0
-        for generation in self.runners.generations(name):
+        generations = self.runners.generations(name)
+        for generation in generations:
             total.add(self.scheduler.counters[generation])
             running, waiting = self.scheduler.count_unfinished(generation)
             num_running, num_waiting = num_running + running, num_waiting + waiting
@@ -242,6 +240,8 @@ class LLMEngine:
             name,
             num_running=num_running,
             num_waiting=num_waiting,
+            prefix_cache_queries=sum(self.block_manager.queries[each] for each in generations),
+            prefix_cache_hits=sum(self.block_manager.hits[each] for each in generations),
             num_preemptions=total.num_preemptions,
             prompt_tokens=total.prompt_tokens,
             generation_tokens=total.generation_tokens,
@@ -275,7 +275,7 @@ class LLMEngine:
                     raise
                 logger.exception("request %d is ended: its step failed", seq.request_id)
                 self.scheduler.abort(seq.request_id, "error")
-                outputs.append(_finished_output(seq))
+                outputs.append(finished_output(seq))
                 num_failed += 1
         runner.forget_sampling()
         self._num_failed_steps = self._num_failed_steps + 1 if num_failed == len(batch.sequences) else 0
@@ -288,14 +288,14 @@ class LLMEngine:
         return self.runner.device.type == "cpu" or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
     def _take(self, batch: ScheduledBatch, result: RunOutput) -> list[SequenceOutput]:
-        logprobs = _logprobs_by_request(batch, result.logprobs)
-        guessing = _trace_step(batch) if self.config.trace_requests else []
+        logprobs = logprobs_by_request(batch, result.logprobs)
+        guessing = trace_step(batch) if self.config.trace_requests else []
         updates = self.scheduler.update(batch, result.token_ids)
         for seq, tokens, _ in updates:
             if seq.trace is not None and seq.request_id in guessing:
                 seq.trace.num_accepted_tokens += max(0, len(tokens) - 1)
         return [
-            _output(
+            make_output(
                 seq,
                 tokens,
                 finished,
@@ -338,77 +338,3 @@ class LLMEngine:
             torch_version=str(torch.__version__),
             load_seconds=load_seconds,
         )
-
-
-def _logprobs_by_request(
-    batch: ScheduledBatch, drawn: list[list[TokenLogprobs] | None]
-) -> dict[int, list[TokenLogprobs]]:
-    """By request id, those of all its drawn tokens; `drawn` has an entry for each, None where none are wanted."""
-    found: dict[int, list[TokenLogprobs]] = {}
-    entries = iter(drawn)
-    for seq, wanted in zip(batch.sequences, batch.needs_sample, strict=True):
-        if wanted:
-            for entry in itertools.islice(entries, 1 + len(seq.draft)):
-                if entry is not None:
-                    found.setdefault(seq.request_id, []).extend(entry)
-    return found
-
-
-def _output(
-    seq: Sequence,
-    token_ids: list[int],
-    finished: bool,
-    logprobs: list[TokenLogprobs] | None = None,
-    prompt_logprobs: list[TokenLogprobs] | None = None,
-    explained: list[TokenExplanation] | None = None,
-) -> SequenceOutput:
-    return SequenceOutput(
-        request_id=seq.request_id,
-        token_ids=token_ids,
-        finish_reason=seq.finish_reason if finished else None,
-        stop_token_id=seq.stop_token_id,
-        keeps_last=finished and seq.keeps_last,
-        cached_tokens=seq.cached_tokens,
-        logprobs=logprobs,
-        timings=_timings(seq) if finished or seq.trace is not None or _is_first(seq, token_ids) else None,
-        prompt_logprobs=prompt_logprobs,
-        trace=seq.trace,
-        explained=explained,
-    )
-
-
-def _is_first(seq: Sequence, token_ids: list[int]) -> bool:
-    """Whether these are its first tokens."""
-    return bool(token_ids) and seq.num_output_tokens == len(token_ids)
-
-
-def _trace_step(batch: ScheduledBatch) -> set[int]:
-    """Enter the step into its sequences' traces; the ids of those that guess in it."""
-    size = len(batch.sequences)
-    guessing = set()
-    for seq in batch.sequences:
-        trace = seq.trace
-        if trace is None:
-            continue
-        trace.min_batch_size = min(trace.min_batch_size, size) if trace.num_steps else size
-        trace.max_batch_size = max(trace.max_batch_size, size)
-        trace.sum_batch_sizes += size
-        trace.num_steps += 1
-        if seq.draft:
-            trace.num_draft_tokens += len(seq.draft)
-            guessing.add(seq.request_id)
-    return guessing
-
-
-def _finished_output(seq: Sequence) -> SequenceOutput:
-    return _output(seq, [], True)
-
-
-def _timings(seq: Sequence) -> RequestTimings:
-    return RequestTimings(
-        arrival=seq.arrival_time,
-        first_scheduled=seq.first_scheduled,
-        first_token=seq.first_token,
-        finished=seq.finished,
-        num_preemptions=seq.num_preemptions,
-    )

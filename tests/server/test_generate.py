@@ -111,7 +111,7 @@ async def test_a_slow_client_does_not_keep_a_stopped_request_running() -> None:
         assert delta.finish_reason is None or not engine.live
 
     await generation.run(asyncio.Event().wait, emit)  # type: ignore[arg-type]
-    assert services.metrics.finished["stop"] == 1
+    assert services.metrics.of("tiny").finished["stop"] == 1
 
 
 async def test_eos_has_no_text() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.engine.messages import RequestTimings
@@ -130,7 +131,8 @@ async def test_a_histogram_counts_a_value_on_a_bound_below_it() -> None:
     histogram = Histogram((1.0, 2.0))
     for value, count in ((1.0, 1), (1.5, 2), (2.0, 1), (9.0, 1)):
         histogram.add(value, count)
-    family = histogram.family("x", "what", {"model_name": "m"})
+    family = HistogramMetricFamily("x", "what", labels=["model_name"])
+    histogram.add_to(family, ["m"])
     buckets = {sample.labels["le"]: sample.value for sample in family.samples if sample.name == "x_bucket"}
     assert buckets == {"1.0": 1, "2.0": 4, "+Inf": 5}
     assert {sample.name: sample.value for sample in family.samples if "le" not in sample.labels} == {

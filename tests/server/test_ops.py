@@ -111,7 +111,7 @@ async def test_each_choice_ends_once(engine: FakeEngine) -> None:
     app = make_app(engine)
     async with client_for(app) as client:
         assert (await client.post("/generate", json={"prompt": "a", "n": 3, "seed": 5})).status_code == 503
-    finished = app.state.services.metrics.finished
+    finished = app.state.services.metrics.of("tiny").finished
     assert {reason: count for reason, count in finished.items() if count} == {"deadline": 1, "error": 2}
 
 
