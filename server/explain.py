@@ -17,7 +17,6 @@ from server.errors import ApiError, InvalidRequestError, engine_down_error, requ
 from server.interruption import Interruption
 from server.prompts import Prompt, encode_prompts, make_prompt
 from server.provenance import engine_name
-from server.provenance import engine_name
 from server.schemas.explain import DEFAULT_ALTERNATIVES, ExplainRequest
 from server.services import Services
 
@@ -100,7 +99,6 @@ class _Explaining:
         """Submits the first window. Raises ApiError."""
         self._engine, self._lifecycle, self._metrics = services.engine, services.lifecycle, services.metrics
         self._prompt, self._token_ids, self._pool = prompt, token_ids, pool
-        self._model = engine_name(services.ready_info, prompt.model)
         self._model = engine_name(services.ready_info, prompt.model)
         num_top = DEFAULT_ALTERNATIVES if body.logprobs is None else body.logprobs
         self._wanted = Explain(prompt.params, prompt.token_ids[0], len(prompt.token_ids), num_top)

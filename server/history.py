@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import time
 from collections import OrderedDict
@@ -11,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from model.grammar import Grammar
 from model.sampling_params import SamplingParams
 from server.caller import Caller
 from server.engine.messages import RequestTimings, RequestTrace
@@ -128,8 +130,15 @@ def replay_body(prompt: Prompt, model: str) -> dict[str, Any] | None:
     if not prompt.params.max_tokens:
         return None
     chosen = {name: value for name, value in _plain(prompt.params).items() if name not in NOT_REPLAYED}
+    chosen["grammar"] = None if prompt.params.grammar is None else _grammar_fields(prompt.params.grammar)
     body = {"prompt": prompt.token_ids, "model": model, **chosen, "n": prompt.n, "stop": prompt.stops}
     return {name: value for name, value in body.items() if name in GenerateRequest.model_fields}
+
+
+def _grammar_fields(grammar: Grammar) -> dict[str, Any]:
+    """As POST /generate takes it."""
+    is_json = grammar.type in ("json_schema", "choice")
+    return {"type": grammar.type, "value": json.loads(grammar.value) if is_json else grammar.value}
 
 
 def _parameters(prompt: Prompt, arrival: float) -> dict[str, Any]:

@@ -25,4 +25,5 @@ class ExplainRequest(GenerateRequest):
     count: int = Field(MAX_EXPLAINED, ge=1, le=MAX_EXPLAINED, description=f"an integer from 1 to {MAX_EXPLAINED}")
     n: Literal[1] = Field(1, description="1: one choice is explained at a time")
     stream: Literal[False] = Field(False, description="false: explanations come as one answer")
+    grammar: None = Field(None, description="null: what a grammar allows is not explained")
     echo: Literal[False] = Field(False, description="false: the answer has no text of the prompt's")
