@@ -96,7 +96,7 @@ def alone(folder: Path, streams: list[Stream]) -> list[list[int]]:
 def test_every_stream_is_entirely_of_one_set_of_weights(folders: tuple[Path, Path]) -> None:
     """32 under way when the new weights arrive, 24 started while they load, and 8 after the swap."""
     old, new = folders
-    before = [stream(number, 100) for number in range(32)]
+    before = [stream(number, 120) for number in range(32)]
     during = [stream(100 + number, 30) for number in range(24)]
     after = [replace(each) for each in before[:8]]
     answers: dict[str, list[list[int]]] = {}
@@ -111,6 +111,7 @@ def test_every_stream_is_entirely_of_one_set_of_weights(folders: tuple[Path, Pat
             during_tasks.append(asyncio.create_task(each.collect(engine)))
             await asyncio.sleep(0.003)
         assert (await loading).error is None
+        assert sum(not each.done() for each in running) > 0, "streams must be under way when weights are swapped"
         assert served(engine) == weights_digest(new)
         assert engine.info is not None
         assert engine.info.models[0].self_check == CHECK
