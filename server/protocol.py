@@ -4,6 +4,7 @@ for clients that do not read. Uvicorn has none of these."""
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
@@ -14,6 +15,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from server.sse import ABORT_CONNECTION
 
 MAX_HEAD_BYTES = 32 * 1024
+WRITE_BUFFER = 16 * 1024
+"""Bytes that wait in the process, and as many in the kernel, before whoever writes an answer has to wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._in_body = False
         self._num_received = 0
         self._num_head_bytes = 0
+        _limit_buffers(transport)
         super().connection_made(transport)
         if len(self.connections) > self.limits.max_connections:
             self._refuse(TOO_MANY)
@@ -176,6 +180,15 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._answering:
             self._disconnect()
         self.transport.close()
+
+
+def _limit_buffers(transport: asyncio.Transport) -> None:
+    """Let a stream know soon that its client is behind: its tokens then gather, instead of lying in buffers as events
+    that are old when they are read. What has left for the network is not counted."""
+    transport.set_write_buffer_limits(high=WRITE_BUFFER)
+    sock = transport.get_extra_info("socket")
+    if sock is not None and hasattr(socket, "TCP_NOTSENT_LOWAT") and sock.family != socket.AF_UNIX:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, WRITE_BUFFER)
 
 
 def guarded_protocol(limits: ConnectionLimits) -> type[GuardedProtocol]:

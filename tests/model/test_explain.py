@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -111,10 +112,11 @@ def test_filters_do_what_their_definitions_say(
     min_tokens: int,
 ) -> None:  # fmt: skip
     drawn = random.Random(seed)
+    penalty: dict[str, Any] = {"repetition_penalty": 1.4, "presence_penalty": 0.3, "frequency_penalty": -0.2}
     params = SamplingParams(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, min_tokens=min_tokens, stop_token_ids=(9,),
         seed=seed, logit_bias={drawn.randrange(VALID): drawn.uniform(-8, 8) for _ in range(3)} if bias else {},
-        **({"repetition_penalty": 1.4, "presence_penalty": 0.3, "frequency_penalty": -0.2} if penalties else {}),
+        **(penalty if penalties else {}),
     )  # fmt: skip
     row = SamplingRow(params, [1, 2, 3, 3], [3, 5, 5, 8])
     logits = spaced_logits(seed, width)
