@@ -77,6 +77,8 @@ def start_generation(prompts: list[Prompt], services: Services, caller: Caller =
         refused = _refusal(error, prompts, services, caller)
         services.metrics.count_rejection(refused.code)
         raise refused from None
+    if services.shadows is not None and generation.model in services.shadows.pairs:
+        generation.on_answer = services.shadows.offer
     if services.history is not None:
         block_size = services.ready_info.block_size
         services.history.add(HistoryEntry(caller, generation.model, block_size, generation))

@@ -28,6 +28,7 @@ from server.page_files import REFERENCE, page_files
 from server.routes import classify, explain, native, openai, ops, page, reference, requests, score, tgi, tokenize
 from server.services import Services
 from server.settings import Settings
+from server.shadow import Shadows
 from server.sse import Heartbeat
 from server.telemetry import telemetry_config
 
@@ -83,17 +84,22 @@ def create_app(
 def _services(settings: Settings, engine: EngineClient) -> Services:
     name = settings.model_name
     routes = [route.path for router in ROUTERS for route in router.routes if hasattr(route, "path")]
+    lifecycle = Lifecycle(engine, settings.health_timeout)
+    metrics = Metrics(
+        engine,
+        name,
+        prefix_caching=settings.prefix_caching,
+        routes=routes,
+        further_models=settings.model_names[1:],
+    )
+    shadows = Shadows(settings.shadows, engine, lifecycle)
+    metrics.register(shadows)
     return Services(
         settings=settings,
         engine=engine,
-        lifecycle=Lifecycle(engine, settings.health_timeout),
-        metrics=Metrics(
-            engine,
-            name,
-            prefix_caching=settings.prefix_caching,
-            routes=routes,
-            further_models=settings.model_names[1:],
-        ),
+        lifecycle=lifecycle,
+        metrics=metrics,
+        shadows=shadows,
         heartbeat=Heartbeat(settings.ping_interval, settings.write_timeout),
         models=settings.model_names,
         splits=settings.splits,

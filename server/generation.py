@@ -58,6 +58,9 @@ class Generation:
         self.has_ended = False
         self.end_reason = "abort"
         """Of the choices that had not come to an end when all ended."""
+        self.on_answer: Callable[[str, list[int], list[int]], None] | None = None
+        """Told of the model, the prompt and the tokens of each choice that has come to an end."""
+        self._token_ids: list[list[int]] = [[] for _ in self.choices]
         self._streams: list[RequestStream] = []
         self.provenance: dict[str, object] = {}
         """Of the weights that answer: those that were served when the request was handed over."""
@@ -202,6 +205,8 @@ class Generation:
             self.timings[index] = output.timings or self.timings[index]
             self.traces[index] = output.trace
             delta = choice.push(output)
+            if self.on_answer is not None:
+                self._token_ids[index] += output.token_ids
             if delta.finish_reason is not None:
                 # Before a slow client is waited for: after a stop string the engine still runs the sequence.
                 self._streams[index].abort()
@@ -226,3 +231,5 @@ class Generation:
             ),
             self.model,
         )
+        if self.on_answer is not None:
+            self.on_answer(self.model, prompt.token_ids, self._token_ids[choice.index])

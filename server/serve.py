@@ -29,6 +29,7 @@ from server.lifecycle import Signals
 from server.protocol import ConnectionLimits, guarded_protocol
 from server.services import Services, TextTools
 from server.settings import Settings
+from server.shadow import same_tokens
 from server.summary import loading_shown, show_summary
 from server.telemetry import flush_spans
 from server.watching import make_watcher
@@ -85,6 +86,8 @@ async def serve(
         return await _watch(services, starting, serving, signals)
     finally:
         starting.cancel()
+        if services.shadows is not None:
+            services.shadows.close()
         watching.cancel()
         server.should_exit = True
         await asyncio.gather(engine.close(), serving)
@@ -128,6 +131,11 @@ async def load(services: Services, load_tokenizer: LoadTokenizer) -> None:
         raise StartupError(services.engine.fault or str(error)) from None
     except QuillError as error:
         raise StartupError(str(error)) from None
+    tools = {settings.model_name: TextTools(tokenizer), **further}
+    for live, shadow in settings.shadows.items():
+        if not same_tokens(tools[live].tokenizer, tools[shadow.candidate].tokenizer):
+            raise StartupError(f"--shadow: {shadow.candidate} has another tokenizer than {live}, so that their"
+                               " log-probabilities cannot be compared")
     services.set_tokenizer(tokenizer, chat_template, further)
 
 

@@ -15,6 +15,7 @@ from server.lifecycle import Lifecycle
 from server.metrics import Metrics
 from server.reloads import Reloads
 from server.settings import Settings
+from server.shadow import Shadows
 from server.splits import Split
 from server.sse import Heartbeat
 
@@ -45,6 +46,7 @@ class Services:
     further: dict[str, TextTools] = field(default_factory=dict)
     models: list[str] = field(default_factory=list)
     splits: dict[str, Split] = field(default_factory=dict)
+    shadows: Shadows | None = None
     grammars: GrammarChecks = field(default_factory=GrammarChecks)
 
     def set_tokenizer(

@@ -53,7 +53,7 @@ function modelChanged() {
   const model = chosenModel();
   if (!model) return;
   showModel(info, model);
-  form.setLimits({ context: info.limits.max_model_len, vocabulary: model.config.vocab_size });
+  form.setLimits({ context: model.max_model_len ?? info.limits.max_model_len, vocabulary: model.config.vocab_size });
   const writes = (model.task ?? "generation") === "generation";
   notice(writes ? "" : "This model labels texts and writes none: send them to POST /classify.");
   setRunning(running);

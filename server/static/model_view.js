@@ -18,7 +18,7 @@ export function showModel(info, model) {
       ["Architecture", config.architecture],
       ["Shape", shape(config)],
       ["Vocabulary", config.vocab_size && round(config.vocab_size)],
-      ["Context", `${round(info.limits.max_model_len)} tokens`],
+      ["Context", `${round(model.max_model_len ?? info.limits.max_model_len)} tokens`],
       ["Runs on", info.device_name || info.device],
       ["Precision", precision(info)],
     ]),
