@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.registry import Collector
 
 from server.engine.interface import EngineClient
 from server.engine.messages import RequestTimings
@@ -114,6 +115,10 @@ class Metrics:
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
         self._registry.register(ServerCollector(self))
+
+    def register(self, collector: Collector) -> None:
+        """Let `render` show what is counted elsewhere."""
+        self._registry.register(collector)
 
     def render(self) -> bytes:
         return generate_latest(self._registry)

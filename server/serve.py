@@ -134,8 +134,10 @@ async def load(services: Services, load_tokenizer: LoadTokenizer) -> None:
     tools = {settings.model_name: TextTools(tokenizer), **further}
     for live, shadow in settings.shadows.items():
         if not same_tokens(tools[live].tokenizer, tools[shadow.candidate].tokenizer):
-            raise StartupError(f"--shadow: {shadow.candidate} has another tokenizer than {live}, so that their"
-                               " log-probabilities cannot be compared")
+            raise StartupError(
+                f"--shadow: {shadow.candidate} has another tokenizer than {live}, so that their"
+                " log-probabilities cannot be compared"
+            )
     services.set_tokenizer(tokenizer, chat_template, further)
 
 
