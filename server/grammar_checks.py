@@ -89,17 +89,21 @@ class GrammarCheck:
     def _try(self, grammar: Grammar) -> str | None:
         """In the thread: why the grammar is refused, or None."""
         if self._process is None:
-            tokenizer = self._tokenizer()
-            vocabulary = None if tokenizer is None else GrammarVocabulary.of(tokenizer)
-            if vocabulary is None:
-                return NO_VOCABULARY
-            self._process = TrialProcess(vocabulary)
+            self._process = self._start()
+        if self._process is None:
+            return NO_VOCABULARY
         try:
             return self._process.ask(grammar)
         except TrialEndedError:
             self._process.close()
-            self._process = None
+            self._process = self._start()  # which goes on while nobody waits for it
             return _TOO_SLOW
+
+    def _start(self) -> TrialProcess | None:
+        """None for a tokenizer that no grammar can hold to anything."""
+        tokenizer = self._tokenizer()
+        vocabulary = None if tokenizer is None else GrammarVocabulary.of(tokenizer)
+        return None if vocabulary is None else TrialProcess(vocabulary)
 
 
 class TrialEndedError(Exception):

@@ -49,8 +49,7 @@ def tgi_grammar(grammar: dict[str, Any] | None) -> Grammar | None:
         message = "grammar must be an object with a type, json, json_schema or regex, and a value"
         raise InvalidRequestError(message, param="grammar")
     if kind == "json_schema":
-        _require("grammar", isinstance(value, dict) and "schema" in value, "needs a schema in its value")
-        value = value["schema"]
+        value = value.get("schema") if isinstance(value, dict) else None
     return make_grammar("grammar", "regex" if kind == "regex" else "json_schema", value)
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import llguidance
 
 MAX_COMPILED = 64
-NO_VOCABULARY = "is not supported with this model, whose tokens have no text of their own; leave it out"
+NO_VOCABULARY = "is not supported with this model's kind of tokenizer; leave it out"
 
 # One optional blank where JSON allows any: models of prose would otherwise write blanks without end.
 _JSON_OPTIONS: llguidance._lib.JsonCompileOptions = {"whitespace_pattern": "[ ]?", "lenient": False}
@@ -93,6 +93,8 @@ def _source(grammar: Grammar) -> str:
         return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(grammar.value, 'dws')}/")
     if grammar.type == "lark":
         return LLMatcher.grammar_from_lark(grammar.value)
+    if grammar.value == "false":
+        raise GrammarError("holds the schema false, which no value can meet; correct it")
     if grammar.type == "choice":
         choices = json.loads(grammar.value)
         return LLMatcher.grammar_from_regex("|".join(f"(?:{_escaped(text)})" for text in choices))

@@ -27,7 +27,7 @@ from server.engine.grammar_compiler import GrammarError, compile_grammar
 from server.engine.grammar_matcher import GrammarMatcher, mask_words
 from server.engine.grammar_vocabulary import GrammarVocabulary
 
-PROCESSOR_SECONDS = 0.5
+PROCESSOR_SECONDS = 0.3
 """For one grammar."""
 MEMORY_BYTES = 1 << 30
 """Of address space, beyond what the process has when it has read its vocabulary."""

@@ -28,7 +28,8 @@ class GrammarVocabulary(msgspec.Struct, frozen=True, array_like=True):
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, size: int | None = None) -> GrammarVocabulary | None:
-        """Of the tokens below `size` (default: all). None for a tokenizer whose tokens have no bytes of their own."""
+        """Of the tokens below `size` (default: all). None for a tokenizer whose tokens have no bytes of their own, or
+        where hardly any adds at a text's start what it adds later (WordPiece's)."""
         pieces = tokenizer.pieces
         if pieces is None:
             return None
@@ -38,7 +39,9 @@ class GrammarVocabulary(msgspec.Struct, frozen=True, array_like=True):
         special = [i for i in range(size) if not tokens[i] or i in pieces.special]
         for token_id in special:
             tokens[token_id] = b"<special %d>" % token_id
-        return cls(tokens, special, _not_first(pieces, size))
+        not_first = _not_first(pieces, size)
+        begins = set(range(size)) - set(special) - set(not_first)
+        return cls(tokens, special, not_first) if any(tokens[i].isalnum() for i in begins) else None
 
     @property
     def size(self) -> int:
