@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from server.auth import ApiKeys, load_api_keys
 from server.help import help_text, wants_help
 from server.logs import setup_logging
-from server.settings import Settings, UsageError, check_aliases, load_settings, resolve_model_names
+from server.settings import Settings, UsageError, check_aliases, follow_watched, load_settings, resolve_model_names
 from server.telemetry import make_tracer_provider
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         settings = load_settings(argv)
         keys = load_api_keys(settings.api_key_file)
-        settings = resolve_model_names(settings)
+        settings = resolve_model_names(follow_watched(settings))
         check_aliases(settings)
         tracer_provider = make_tracer_provider(settings.otlp_endpoint)
         listener = listen(settings.host, settings.port)

@@ -62,6 +62,8 @@ class Scoring:
         self._engine, self._lifecycle, self._metrics = services.engine, services.lifecycle, services.metrics
         self._pool = pool
         self._model = engine_name(services.ready_info, model)
+        # All windows are of one set of weights, whatever is reloaded between them.
+        self._lease = self._engine.hold_weights(self._model)
         self._arrival = time.monotonic()
         self.texts = texts
         self._jobs: Iterator[_Job] = ((text, window) for text in texts for window in text.windows(context, stride))
@@ -104,6 +106,7 @@ class Scoring:
     def _close(self) -> None:
         for stream in self._streams.values():
             stream.abort()
+        self._lease.release()
         self._lifecycle.remove(self)
 
     async def _score_all(self) -> list[ScoredText]:
@@ -133,6 +136,7 @@ class Scoring:
             prompt_logprobs_start=window.skip + 1,
             pool=self._pool,
             model=self._model,
+            weights=self._lease.weights,
         )
         self._streams[stream.request_id] = stream
         return stream

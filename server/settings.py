@@ -212,12 +212,14 @@ def bundled_model_path() -> Path:
 
 def load_settings(argv: list[str]) -> Settings:
     """The server's settings from the command line and the environment. Raises UsageError with one sentence."""
-    settings = parse_settings(Settings, argv)
-    return settings if settings.watch is None else _follow(settings, settings.watch)
+    return parse_settings(Settings, argv)
 
 
-def _follow(settings: Settings, watch: Path) -> Settings:
+def follow_watched(settings: Settings) -> Settings:
     """Where no model is given, a watched folder's, under the folder's name. Raises UsageError."""
+    watch = settings.watch
+    if watch is None:
+        return settings
     if not watch.is_dir():
         raise UsageError(f"--watch: {watch} is no folder; give a training run or a folder of model folders")
     if settings.model:
