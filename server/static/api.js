@@ -24,6 +24,15 @@ export class Api {
     return this.#json("stats");
   }
 
+  /** What the filters did to tokens; `body` as POST /explain takes it. */
+  explain(body) {
+    return this.#json("explain", {
+      method: "POST",
+      headers: { "content-type": "application/json" },
+      body: JSON.stringify(body),
+    });
+  }
+
   /** The events of POST /generate, parsed, up to the last; `body` is JSON text. Throws ApiError, or AbortError. */
   async *generate(body, signal) {
     const headers = { "content-type": "application/json" };
@@ -36,8 +45,8 @@ export class Api {
     throw new ApiError(0, "The connection ended before the answer was complete.");
   }
 
-  async #json(path) {
-    return (await this.#fetch(path, {})).json();
+  async #json(path, options = {}) {
+    return (await this.#fetch(path, options)).json();
   }
 
   async #fetch(path, { headers = {}, ...options }) {

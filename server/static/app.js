@@ -18,10 +18,11 @@ const form = new RequestForm(byId("request"));
 const tokensOf = new WeakMap();
 const texts = byId("texts");
 const view = new StreamView(texts, byId("figures"), tokensOf);
-const card = new TokenCard(byId("token-card"), byId("token-status"), texts, tokensOf);
+const card = new TokenCard(byId("token-card"), byId("token-status"), texts, tokensOf, explain);
 
 let info = null;
 let running = null; // the AbortController of the request in flight
+let asked = "{}"; // the body of the request whose answer is shown
 
 // Connecting
 
@@ -116,6 +117,7 @@ async function generate() {
   setRunning(new AbortController());
   const model = chosenModel();
   showReplay(request, { weights: model.weights, step: model.provenance?.step });
+  asked = request.body;
   view.start(request.count);
   say("Generating …");
   say(view.finish(await stream(request)));
@@ -135,6 +137,13 @@ async function stream({ body }) {
     byId("result").hidden = !view.numTokens;
     return "Ended by an error";
   }
+}
+
+/** What the filters did to a token that is shown. They do not depend on the seed, which may be too large to parse. */
+async function explain({ ids, index }) {
+  const { n, stream, echo, seed, deadline_ms, ...body } = JSON.parse(asked);
+  const answer = await api.explain({ ...body, tokens: ids.slice(0, index + 1), start: index, count: 1 });
+  return answer.tokens[0];
 }
 
 function fail(error) {

@@ -14,6 +14,7 @@ const FIGURES_PERIOD = 100; // milliseconds
 class ChoiceView {
   #aligner = new TokenAligner();
   #tokensOf;
+  #ids = [];
   ended = "";
 
   constructor(index, count, tokensOf) {
@@ -28,6 +29,9 @@ class ChoiceView {
   }
 
   add({ text, token_ids: ids, logprobs, finish_reason: reason, stop_reason: stop }) {
+    // Each token knows its place, for whoever asks about it.
+    logprobs?.forEach((token, at) => Object.assign(token, { ids: this.#ids, index: this.#ids.length + at }));
+    this.#ids.push(...ids);
     if (reason) this.#end(typeof stop === "string" ? "a stop string came" : (REASONS[reason] ?? reason));
     if (!ids.length && text && !reason) this.#append(make("span", { className: "prompt" }, text));
     else if (logprobs) this.#aligner.push(text, logprobs, Boolean(reason)).forEach((piece) => this.#piece(piece));

@@ -13,12 +13,17 @@ export class TokenCard {
   #card;
   #status;
   #tokensOf;
+  #explain;
   #current = null;
   #timer = 0;
 
-  /** `texts` holds the tokens, `status` is read out when the keyboard moves, `tokensOf` as in StreamView. */
-  constructor(card, status, texts, tokensOf) {
+  /**
+   * `texts` holds the tokens, `status` is read out when the keyboard moves, `tokensOf` as in StreamView; `explain` gives
+   * what POST /explain says of a token, or throws an ApiError.
+   */
+  constructor(card, status, texts, tokensOf, explain) {
     this.#card = card;
+    this.#explain = explain;
     this.#status = status;
     this.#tokensOf = tokensOf;
     texts.addEventListener("pointerover", (event) => this.#over(event.target));
@@ -26,7 +31,7 @@ export class TokenCard {
     texts.addEventListener("click", (event) => this.#over(event.target));
     texts.addEventListener("keydown", (event) => this.#key(event));
     texts.addEventListener("focusin", (event) => this.#focus(event.target));
-    texts.addEventListener("focusout", () => this.close());
+    texts.addEventListener("focusout", (event) => card.contains(event.relatedTarget) || this.close());
     card.addEventListener("pointerenter", () => clearTimeout(this.#timer));
     card.addEventListener("pointerleave", () => this.#closeSoon());
     document.addEventListener("keydown", (event) => this.#escape(event));
@@ -70,6 +75,7 @@ export class TokenCard {
   #key(event) {
     const text = event.target.closest(".text");
     if (!text || event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.key === "Enter") this.#card.querySelector("button")?.click();
     if (this.#step(text, event.key)) event.preventDefault();
   }
 
@@ -93,12 +99,40 @@ export class TokenCard {
     const tokens = this.#tokensOf.get(element);
     const rest = tokens.length - MAX_SHOWN;
     this.#card.replaceChildren(
-      ...tokens.slice(0, MAX_SHOWN).map(describe),
+      ...tokens.slice(0, MAX_SHOWN).map((token) => this.#section(token)),
       ...(rest > 0 ? [make("p", { className: "quiet" }, `and ${rest} more tokens`)] : []),
     );
     this.#card.hidden = false;
     place(this.#card, element);
   }
+
+  /** A token, and a button for what it takes a question to the server to tell. */
+  #section(token) {
+    const section = describe(token);
+    const button = make("button", { type: "button", className: "cuts" }, "What the filters cut");
+    button.addEventListener("click", () => this.#showCuts(token, button));
+    section.append(button);
+    return section;
+  }
+
+  async #showCuts(token, button) {
+    button.disabled = true;
+    const words = await this.#explain(token).then(
+      ({ filters }) => filters.map((filter) => effect(filter, token)),
+      (error) => [error.message],
+    );
+    const shown = words.length ? words : ["No filter was on."];
+    button.replaceWith(make("ul", { className: "quiet" }, ...shown.map((each) => make("li", {}, each))));
+    this.#status.textContent = shown.join("; ");
+    if (this.#current) place(this.#card, this.#current);
+  }
+}
+
+/** What one filter did, in words. */
+function effect({ name, removed_tokens: count, removed_mass: mass, moved_mass: moved, cut }, token) {
+  if (!count) return `${name} moved ${percent(moved)}`;
+  const texts = token.top.filter(({ id }) => cut.includes(id)).map(({ text }) => visible(text));
+  return `${name} cut ${count} tokens with ${percent(mass)}${texts.length ? `, among them ${texts.join(" ")}` : ""}`;
 }
 
 /** One token: its text, id and probability, and the alternatives with bars. */

@@ -28,9 +28,9 @@ class PageEngine(FakeEngine):
     """A FakeEngine whose log-probabilities differ from token to token; alternatives follow the id."""
 
     def _output(
-        self, stream: FakeStream, tokens: list[int], plan: Plan, arrival: float, *, last: bool
+        self, stream: FakeStream, tokens: list[int], plan: Plan, arrival: float, *, first: bool, last: bool
     ) -> SequenceOutput:
-        output = super()._output(stream, tokens, plan, arrival, last=last)
+        output = super()._output(stream, tokens, plan, arrival, first=first, last=last)
         if output.logprobs is None:
             return output
         return msgspec.structs.replace(

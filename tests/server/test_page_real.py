@@ -24,6 +24,10 @@ def test_the_page_writes_what_the_api_answers(tmp_path: Path) -> None:
             page.goto(page.evaluate("document.getElementById('replay').href"))
             generate(page)
             assert written(page) == text
+            page.locator(".token").nth(20).hover()
+            page.get_by_role("button", name="What the filters cut").first.click()
+            effects = page.locator("#token-card section").first.locator("ul li")
+            expect(effects.first).to_contain_text("temperature moved")
         body = {"prompt": "Once upon a time", "seed": 77, "max_tokens": 60, "temperature": 0.8, "logprobs": 5}
         answer = httpx.post(f"{server.url}/generate", json=body, timeout=PATIENCE).json()["choices"][0]
         assert answer["text"] == text
