@@ -91,7 +91,8 @@ class LLM:
 
         A prompt is a text or a list of token ids. `params` is for all prompts or one for each (GenerationParams has n
         and stop strings too). What does not fit the model's context ends there, with finish_reason length.
-        Raises LLMError, TokenizerError or InvalidSamplingParamsError, before anything runs, for what cannot be run.
+        Raises LLMError, TokenizerError, InvalidSamplingParamsError or GrammarError, before anything runs, for what
+        cannot be run.
         """
         listed = _as_list(prompts)
         requests = [self._request(*pair) for pair in zip(listed, _params_for(listed, params), strict=True)]
@@ -174,6 +175,8 @@ class LLM:
             )
         if request.params.max_tokens < 1:
             raise InvalidSamplingParamsError("max_tokens", "must be at least 1")
+        if request.params.grammar is not None:
+            self._open_engine.runner.grammars.check(request.params.grammar)
         for name, ids in (
             ("prompt", request.token_ids),
             ("stop_token_ids", request.params.stop_token_ids),

@@ -1,16 +1,15 @@
-"""GrammarMatcher: where one sequence is in its grammar. Free of torch."""
+"""GrammarMatcher: where one sequence is in its grammar. Free of torch; numpy comes with a mask."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from server.engine.grammar_vocabulary import GrammarVocabulary
 
 if TYPE_CHECKING:
     import llguidance
+    import numpy as np
 
 WORD_BITS = 32
 
@@ -57,7 +56,7 @@ class GrammarMatcher:
         """Set the bits of the tokens that may come next in `mask` [mask_words] int32. `ends`, the model's EOS ids, are
         allowed where the text may end and nowhere else. Without any token it fails, and `mask` allows everything."""
         self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        bits = mask.view(np.uint8)
+        bits = mask.view("uint8")
         _clear(bits, (self._vocabulary.size, *ends))
         if self._num_tokens == 0:
             _clear(bits, self._vocabulary.not_first)

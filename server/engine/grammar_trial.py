@@ -19,7 +19,6 @@ import time
 from collections.abc import Iterator
 
 import msgspec
-import numpy as np
 
 from model.grammar import Grammar
 from server.engine.channel import FrameSplitter, frame
@@ -45,6 +44,8 @@ class TrialResult(msgspec.Struct, frozen=True, array_like=True):
 
 def try_grammar(grammar: Grammar, vocabulary: GrammarVocabulary, tokenizer: object) -> None:
     """Compile it and write a few tokens by it. Raises GrammarError."""
+    import numpy as np  # not for the server's process, which asks for trials
+
     matcher = GrammarMatcher(compile_grammar(grammar, tokenizer), vocabulary)  # type: ignore[arg-type]
     mask = np.empty(mask_words(vocabulary.size), dtype=np.int32)
     generator = random.Random(0)
