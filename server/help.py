@@ -55,7 +55,7 @@ OTHERS = "Further"
 _METAVARS: dict[str, str] = {
     "model": "FOLDER", "api_key_file": "FILE", "input": "FILE", "output": "FILE", "kv_cache_memory": "SIZE",
     "max_body_size": "SIZE", "served_model_name": "NAME", "allowed_hosts": "NAMES", "cors_origins": "ORIGINS",
-    "host": "HOST", "attention_backend": "NAME", "otlp_endpoint": "URL",
+    "host": "HOST", "attention_backend": "NAME", "otlp_endpoint": "URL", "watch_tolerance": "NATS",
     "split": "SPLIT", "shadow": "SHADOW",
 }  # fmt: skip
 _NAMES_OF_TYPES = {int: "N", float: "SECONDS", str: "TEXT", Path: "PATH"}

@@ -17,7 +17,8 @@ from pydantic import BaseModel
 
 from server.app import ROUTERS
 from server.schemas.classify import ClassifyRequest
-from server.schemas.native import GenerateRequest
+from server.schemas.explain import ExplainRequest
+from server.schemas.native import GenerateRequest, GrammarFields
 from server.schemas.openai import ChatCompletionRequest, CompletionRequest, Message, StreamOptions
 from server.schemas.score import ScoreRequest
 from server.schemas.tgi import TgiParameters, TgiRequest
@@ -29,10 +30,11 @@ FOLDER = Path(__file__).parent
 PAGE = (FOLDER.parents[1] / "docs" / "api.md").read_text(encoding="utf-8")
 # In the order in which the page has them under its headings.
 TABLES: dict[str, list[type[BaseModel]]] = {
-    "POST /generate": [GenerateRequest],
+    "POST /generate": [GenerateRequest, GrammarFields],
     "POST /v1/completions": [CompletionRequest],
     "POST /v1/chat/completions": [ChatCompletionRequest, Message, StreamOptions],
     "POST /score": [ScoreRequest],
+    "POST /explain": [ExplainRequest],
     "POST /tokenize": [TokenizeRequest],
     "POST /detokenize": [DetokenizeRequest],
     "POST /classify": [ClassifyRequest],
