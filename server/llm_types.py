@@ -38,8 +38,9 @@ class GenerationParams(SamplingParams):
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One choice, whole. `finish_reason` is stop, length, grammar where its grammar could not be followed, or error where
-    the engine gave up for want of memory; `stop_reason` the string or id that ended it, None for EOS or a grammar."""
+    """One choice, whole. `finish_reason` is stop, length, grammar where its grammar could not be followed, or error
+    where the engine gave up for want of memory; `stop_reason` the string or id that ended it, None for EOS or a
+    grammar."""
 
     text: str
     token_ids: list[int]
