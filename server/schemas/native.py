@@ -7,7 +7,6 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from model.grammar import GrammarType
-
 from model.sampling_params import MAX_LOGPROBS
 from server.schemas.sampling import MAX_TOKEN_ID, SamplingFields, TokenId
 
