@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from model.sampling_params import SamplingParams
+from server.grammars import make_grammar, native_grammar
 from server.history import NOT_REPLAYED, replay_body
 from server.prompts import Prompt
 from server.schemas.native import GenerateRequest
@@ -66,6 +67,17 @@ def test_no_field_of_the_body_is_forgotten() -> None:
     assert body is not None
     assert set(body) == set(GenerateRequest.model_fields) - {"stream", "echo", "deadline_ms"}
     GenerateRequest.model_validate_json(json.dumps(body))
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [("regex", "a+"), ("choice", ["x", "y"]), ("lark", 'start: "a"'), ("json_schema", {"type": "object"})],
+)
+def test_a_grammar_is_replayed_as_it_was_asked_for(kind: str, value: object) -> None:
+    grammar = make_grammar("grammar", kind, value)
+    body = replay_body(Prompt([1], SamplingParams(grammar=grammar)), "tiny")
+    asked = GenerateRequest.model_validate_json(json.dumps(body))
+    assert native_grammar(asked.grammar) == grammar
 
 
 async def test_every_route_that_writes_text_is_kept_under_all_its_ids() -> None:
