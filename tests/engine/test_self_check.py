@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ from tests.engine.conftest import MODELS, make_checkpoint
 KINDS = [("float32", "none"), ("bfloat16", "none"), ("bfloat16", "int8")]
 
 
-def config_of(folder: Path, dtype: str = "float32", quantization: str = "none", **values: object) -> EngineConfig:
+def config_of(folder: Path, dtype: str = "float32", quantization: str = "none", **values: Any) -> EngineConfig:
     config = EngineConfig(str(folder), "m", device="cpu", dtype=dtype, quantization=quantization, num_threads=1)
     return replace(config, **values)
 
@@ -93,7 +94,7 @@ def test_logits_of_a_larger_vocabulary_fail_without_being_looked_up(tmp_path: Pa
 @pytest.mark.parametrize(
     "limits", [{"max_num_batched_tokens": 3, "max_num_seqs": 2}, {"block_size": 3, "attention_backend": "torch"}]
 )
-def test_small_limits_do_not_stop_it(checkpoint: Path, limits: dict[str, object]) -> None:
+def test_small_limits_do_not_stop_it(checkpoint: Path, limits: dict[str, Any]) -> None:
     assert check(config_of(checkpoint, **limits)).status == PASSED
 
 

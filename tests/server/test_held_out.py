@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from array import array
 from pathlib import Path
@@ -16,7 +17,7 @@ BYTES = Tokenizer.bytes()
 
 def joined(windows: list[list[int]]) -> list[int]:
     """The tokens; each window begins with the last one of the window before."""
-    assert all(before[-1] == after[0] for before, after in zip(windows, windows[1:], strict=False))
+    assert all(before[-1] == after[0] for before, after in itertools.pairwise(windows))
     return [windows[0][0], *(token for window in windows for token in window[1:])]
 
 

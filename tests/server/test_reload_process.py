@@ -88,7 +88,7 @@ def test_checkpoints_take_over_under_load_and_bad_ones_are_rolled_back(
     run = tmp_path / "a-run"
     first = save_step(run / "checkpoints" / "step-1", 1, sharpness=1.0)
     (tmp_path / "text").write_text(TEXT)
-    options = ("--watch", str(run), "--watch-interval", "0.1", "--watch-text", str(tmp_path / "text"))
+    options: tuple[str, ...] = ("--watch", str(run), "--watch-interval", "0.1", "--watch-text", str(tmp_path / "text"))
     options += ("--max-num-seqs", "64", "--served-model-name", "m", "--num-threads", "1")
     with running(first, *options) as server:
         server.wait_ready()
