@@ -21,8 +21,8 @@ from server.schemas.explain import DEFAULT_ALTERNATIVES, ExplainRequest
 from server.services import Services
 
 _SCORE_ONLY = SamplingParams(max_tokens=0)
-# Tokens taken apart in one step of the engine, for everybody's next token waits for it: with GPT-2's vocabulary one takes
-# about ten milliseconds of a CPU.
+# Tokens taken apart in one step of the engine, for everybody's next token waits for it: with GPT-2's vocabulary one
+# takes about ten milliseconds of a CPU.
 _TOKENS_PER_STEP = 4
 # Seconds until a queue that was full is looked at again, at most.
 _PATIENCE = 1.0
