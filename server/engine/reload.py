@@ -1,4 +1,4 @@
-"""New weights beside the live ones: loaded in a thread of the lowest priority, put in place between two steps.
+"""New weights beside the live ones: loaded in a thread of lower priority, put in place between two steps.
 
 The thread reads, verifies and packs; almost all of that runs outside the interpreter's lock, on time that the steps
 leave over. Whether the weights are any good has been judged before, in a process of their own.
@@ -23,7 +23,9 @@ from server.engine.model_runner import ModelRunner
 
 logger = logging.getLogger(__name__)
 
-_LOWEST_PRIORITY = 19
+# A thread may be taken off its core while it holds the interpreter's lock, and steps then wait for its next turn: at
+# the lowest priority, on cores that are all taken, that was half a second.
+_NICENESS = 5
 # Seconds after which a thread that waits for the interpreter gets it: a step is not to wait 5 ms for the loader.
 _SWITCH_INTERVAL = 2e-4
 _GPU_SPARE_BYTES = 1 << 30
@@ -74,7 +76,7 @@ class WeightsLoader:
     def _load(self, request: LoadWeights) -> None:
         """In the thread."""
         with contextlib.suppress(OSError):  # a priority that may not be lowered stays
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         try:
             self._loaded = self._load_beside(request)
         except QuillError as error:
