@@ -19,7 +19,7 @@ _DETERMINISM = {
     YES: "yes: tokens do not depend on what else runs",
     NO: "no: tokens may depend on what else runs",
 }
-_NOT_CHECKED = "checked in the first idle moment; /info has the answer"
+_NOT_CHECKED = "checked in the first idle moment, and told by /info"
 
 
 def summary_rows(info: EngineInfo, settings: Settings, url: str) -> list[tuple[str, str]]:
@@ -27,7 +27,7 @@ def summary_rows(info: EngineInfo, settings: Settings, url: str) -> list[tuple[s
     rows = [("model" if index == 0 else "", _model(model)) for index, model in enumerate(info.models)]
     rows += [
         ("weights", _weights(info, settings)),
-        ("device", f"{info.device_name} ({info.device}), attention by {info.attention_backend}"),
+        ("device", f"{_device(info)}, attention by {info.attention_backend}"),
     ]
     if any(model.task != CLASSIFICATION for model in info.models):
         rows += [
@@ -46,6 +46,11 @@ def summary_rows(info: EngineInfo, settings: Settings, url: str) -> list[tuple[s
 def _model(model: ModelInfo) -> str:
     origin = [f"{name} {model.provenance[name]}" for name in ("run", "step") if model.provenance.get(name) is not None]
     return ", ".join([f"{model.name}: {format_count(model.num_parameters)} parameters", *origin])
+
+
+def _device(info: EngineInfo) -> str:
+    known = info.device_name.startswith(info.device)
+    return info.device_name if known else f"{info.device_name} ({info.device})"
 
 
 def _weights(info: EngineInfo, settings: Settings) -> str:

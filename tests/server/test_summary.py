@@ -46,6 +46,8 @@ def test_it_tells_what_is_served_and_what_fits(info: EngineInfo) -> None:
     assert rows["KV cache"] == "100 blocks of 16: 1,600 tokens, 6 contexts of 256"
     assert rows["at once"] == "8 sequences, 512 tokens in a step"
     assert rows["page"] == f"{URL}/"
+    cpu = msgspec.structs.replace(info, device_name="cpu (2 threads)")
+    assert dict(summary_rows(cpu, make_settings(), URL))["device"] == "cpu (2 threads), attention by torch"
     assert f"{URL}/docs" in rows["API"]
 
 
