@@ -91,10 +91,10 @@ class Scoring:
         try:
             return await self._interruption.run(self._score_all(), receive)
         except (ApiError, ClientGoneError):
-            self._metrics.count_finish("abort", len(self._streams))
+            self._metrics.count_finish("abort", len(self._streams), self._model or "")
             raise
         except (EngineRequestError, EngineUnavailableError):
-            self._metrics.count_finish("error", len(self._streams))
+            self._metrics.count_finish("error", len(self._streams), self._model or "")
             raise (request_failed_error() if self._engine.state == "ready" else engine_down_error()) from None
         finally:
             self._close()
@@ -160,7 +160,7 @@ class Scoring:
                 del self._streams[stream.request_id]
                 seconds = time.monotonic() - self._arrival
                 ended = FinishedSequence("length", window.length, 0, seconds, output.timings, output.cached_tokens)
-                self._metrics.observe_finish(ended)
+                self._metrics.observe_finish(ended, self._model or "")
                 return
             if output.finish_reason is not None:
                 break

@@ -2,7 +2,7 @@
 
 The memory is cut into units of equal size, and a block is a unit whichever model holds it; so one block manager hands
 them out, and a free block is free for everybody. A unit is as large as the largest model's block. A smaller model puts
-more tokens into it: its block size is doubled as long as that fits.
+more tokens into it: its block size is a multiple of the configured one.
 
 No kernel knows of this. To a model, the memory is a row of slots, each of one layer's keys or values of one block:
 what it calls block n has its keys of layer l in slot n + l and its values in slot n + L + l. These caches are
@@ -34,8 +34,8 @@ from server.engine.sizing import (
 )
 
 # A prefix is reused in whole blocks, so that the blocks of a small model beside a large one are not to grow without
-# end: at most this many times the configured size.
-_LARGEST_FACTOR = 8
+# end: at most eight times the configured size. Triton's kernels are fastest with powers of two.
+_FACTORS = {"cpu": range(1, 9), "cuda": (1, 2, 4, 8)}
 # Full contexts of each model that the cache holds unless told otherwise, as for one model.
 _CONTEXTS = 64
 
@@ -112,17 +112,14 @@ def _layouts(
     device: torch.device,
     dtype: torch.dtype,
 ) -> list[BlockLayout]:
-    """Those of the configured block size, or of its largest multiple by a power of two that the largest allows."""
+    """Those of the configured block size, or of its largest multiple with which a block is no larger than the largest."""
     pairs = list(zip(configs, models, strict=True))
     layouts = [_layout(config, model, config.block_size, device, dtype) for config, model in pairs]
     largest = max(layout.num_bytes for layout in layouts)
     result = []
     for (config, model), layout, context in zip(pairs, layouts, contexts, strict=True):
-        factor = 1
-        while 2 * factor <= _LARGEST_FACTOR and 2 * factor * layout.num_bytes <= largest:
-            if factor * layout.block_size >= context:
-                break
-            factor *= 2
+        most = min(largest // layout.num_bytes, -(-context // layout.block_size))
+        factor = max(factor for factor in _FACTORS[device.type] if factor <= max(1, most))
         result.append(_layout(config, model, factor * layout.block_size, device, dtype))
     return result
 
