@@ -112,7 +112,7 @@ def _layouts(
     device: torch.device,
     dtype: torch.dtype,
 ) -> list[BlockLayout]:
-    """Those of the configured block size, or of its largest multiple with which a block is no larger than the largest."""
+    """Those of the configured block size, or of a multiple: the largest that fits the largest model's block."""
     pairs = list(zip(configs, models, strict=True))
     layouts = [_layout(config, model, config.block_size, device, dtype) for config, model in pairs]
     largest = max(layout.num_bytes for layout in layouts)

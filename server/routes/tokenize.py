@@ -12,7 +12,6 @@ from server.errors import InvalidRequestError
 from server.openapi import request_body
 from server.prompts import off_loop
 from server.provenance import context_of
-from server.provenance import context_of
 from server.request_body import parse_body, read_bytes
 from server.schemas.tgi import TgiTokenizeRequest
 from server.schemas.tokenize import DetokenizeRequest, TokenizeRequest
