@@ -27,7 +27,7 @@ def make_grammar(field: str, kind: str, value: Any) -> Grammar:
         return Grammar.json_schema(value)
     except InvalidSamplingParamsError as error:
         rule = str(error).removeprefix(f"{error.param} ")
-        raise InvalidRequestError(f"{field} {rule}", code="invalid_grammar", param=field) from None
+        raise _invalid(field, rule) from None
 
 
 def native_grammar(grammar: GrammarFields | None) -> Grammar | None:
@@ -114,4 +114,8 @@ assert set(_STRUCTURES.values()) == set(GRAMMAR_TYPES), "every kind has a name i
 
 def _require(field: str, condition: bool, rule: str) -> None:
     if not condition:
-        raise InvalidRequestError(f"{field} {rule}", code="invalid_grammar", param=field)
+        raise _invalid(field, rule)
+
+
+def _invalid(field: str, rule: str) -> InvalidRequestError:
+    return InvalidRequestError(f"{field} {rule}", code="invalid_grammar", param=field.partition(".")[0])

@@ -119,15 +119,15 @@ def test_tgi(server: RealServer) -> None:
 @pytest.mark.parametrize(
     ("grammar", "param"),
     [
-        ({"type": "regex", "value": f"({CANARY}"}, "grammar"), ({"type": "regex", "value": 5}, "grammar.value"),
+        ({"type": "regex", "value": f"({CANARY}"}, "grammar"), ({"type": "regex", "value": 5}, "grammar"),
         ({"type": "json_schema", "value": {"type": CANARY}}, "grammar"), ({"type": CANARY, "value": ""}, "type"),
         ({"type": "json_schema", "value": {"uniqueItems": True, CANARY: 1}}, "grammar"), ({"type": "regex"}, "value"),
-        ({"type": "choice", "value": []}, "grammar.value"), ({"type": "choice", "value": [""]}, "grammar.value"),
-        ({"type": "choice", "value": [CANARY, 7]}, "grammar.value"), ({"type": "lark", "value": CANARY}, "grammar"),
-        ({"type": "json_schema", "value": "{"}, "grammar.value"),
-        ({"type": "json_schema", "value": []}, "grammar.value"),
+        ({"type": "choice", "value": []}, "grammar"), ({"type": "choice", "value": [""]}, "grammar"),
+        ({"type": "choice", "value": [CANARY, 7]}, "grammar"), ({"type": "lark", "value": CANARY}, "grammar"),
+        ({"type": "json_schema", "value": "{"}, "grammar"),
+        ({"type": "json_schema", "value": []}, "grammar"),
         (CANARY, "grammar"), ({"type": "regex", "value": "a", CANARY: 1}, CANARY), ([], "grammar"),
-        ({"type": "regex", "value": "a" * 65537}, "grammar.value"),
+        ({"type": "regex", "value": "a" * 65537}, "grammar"),
         ({"type": "regex", "value": "[^\\s\\S]"}, "grammar"),
     ],
 )  # fmt: skip
