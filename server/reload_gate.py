@@ -1,6 +1,6 @@
 """The gate that a new checkpoint passes before it serves: readable, of the same tokenizer, itself, and no worse.
 
-The candidate runs in an engine process of its own, at the lowest priority, which ends afterwards: whatever a damaged
+The candidate runs in an engine process of its own, at a low priority, which ends afterwards: whatever a damaged
 checkpoint does there, the process that answers requests is not in it. Free of torch.
 """
 
@@ -32,7 +32,7 @@ VERDICTS = (SWAPPED, WORSE, DAMAGED, INCOMPATIBLE, SELF_CHECK, CANARY, NO_MEMORY
 """What an attempt to serve a checkpoint came to. The last two may end differently when it is tried again."""
 
 _CANARY_TOKENS = 32
-_LOWEST_PRIORITY = 19
+_NICENESS = 10  # a tenth of a core that streams keep busy
 _GATE_TOKENS = 256  # in a step
 _START_SECONDS = 300.0
 # What a process takes beside the weights, and what is left to others.
@@ -182,4 +182,4 @@ class Gate:
 
 
 def _low_priority_engine(config: EngineConfig) -> EngineClient:
-    return AsyncEngine(config, max_queued_requests=1, niceness=_LOWEST_PRIORITY)
+    return AsyncEngine(config, max_queued_requests=1, niceness=_NICENESS)
