@@ -167,9 +167,7 @@ class ModelRunner:
         """What `run` would sample from: logits [samples, V] that the next step may overwrite, or None without any."""
         return self._compute(batch, self._inputs.build(batch))[0]
 
-    def _compute(
-        self, batch: ScheduledBatch, inputs: StepInputs
-    ) -> tuple[torch.Tensor | None, Scored]:
+    def _compute(self, batch: ScheduledBatch, inputs: StepInputs) -> tuple[torch.Tensor | None, Scored]:
         """Logits [samples, V] of the rows that are to be sampled, or None if there are none; and what was asked about
         the prompts' tokens."""
         if torch.get_num_threads() != self._num_threads:  # another model's
