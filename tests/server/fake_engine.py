@@ -7,6 +7,7 @@ import hashlib
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 
@@ -181,7 +182,7 @@ class FakeEngine:
     def stats(self) -> EngineStats:
         return self._stats or EngineStats(num_running=len(self.live), num_blocks=100, num_free_blocks=100)
 
-    def set_stats(self, **values: int) -> None:
+    def set_stats(self, **values: Any) -> None:
         self._stats = EngineStats(**values)
 
     @property

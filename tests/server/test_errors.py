@@ -136,7 +136,7 @@ async def test_429_when_the_deadline_cannot_be_met(engine: FakeEngine) -> None:
         check_error(await client.post("/generate", json=hurry), 429, "deadline_unreachable")
         assert (await client.post("/generate", json={"prompt": "a", "deadline_ms": 60_000})).status_code == 200
         metrics = (await client.get("/metrics")).text
-    assert 'vllm:admission_rejections_total{model_name="tiny",reason="deadline_unreachable"} 1.0' in metrics
+    assert 'vllm:admission_rejections_total{engine="0",model_name="tiny",reason="deadline_unreachable"} 1.0' in metrics
     assert engine.submitted[-1].deadline is not None
 
 
