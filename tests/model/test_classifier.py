@@ -266,7 +266,7 @@ def test_texts_end_where_transformers_reads_them() -> None:
     class Ending:
         """A tokenizer whose post-processor closes each text with the token that also fills up batches."""
 
-        bos_token_id, eos_token_id = None, 256
+        start_token_id = 256
 
         def encode_batch(self, texts: list[str]) -> list[list[int]]:
             return [[*text.encode(), 256, 256] for text in texts]

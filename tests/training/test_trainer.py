@@ -123,6 +123,7 @@ def test_sigterm_saves_and_the_run_goes_on_from_there(
     whole, parts = (make_config(run__dir=str(tmp_path / name)) for name in ("whole", "parts"))
     train(whole)
     original = Trainer.train_step
+    handler = signal.getsignal(signal.SIGTERM)
 
     def signalling(self: Trainer) -> StepResult:
         if self.progress.step == 2:
@@ -131,7 +132,7 @@ def test_sigterm_saves_and_the_run_goes_on_from_there(
 
     monkeypatch.setattr(Trainer, "train_step", signalling)
     assert "stopped and saved at step 3" in train(parts)
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == handler
     monkeypatch.setattr(Trainer, "train_step", original)
     assert "from step 3" in train(parts)
     assert final_bytes(parts) == final_bytes(whole)
