@@ -33,7 +33,7 @@ test-slow: install ## the tests that take minutes
 	$(PY) -m pytest -m 'slow and not gpu' $(ARGS)
 
 test-gpu: install ## the tests that need a CUDA device
-	$(PY) -m pytest -m gpu $(ARGS)
+	$(PY) -m pytest -n 0 -m gpu $(ARGS)
 
 lint: install ## ruff and mypy
 	$(PY) -m ruff check .
