@@ -210,7 +210,8 @@ class CPUDecoder:
         """`order` names the source of every packed feature, -1 for none; by default as they are."""
         features, columns = weight.shape
         if order is None:
-            order = torch.arange(_padded(features)).masked_fill_(torch.arange(_padded(features)) >= features, -1)
+            order = torch.arange(_padded(features))
+            order[features:] = -1
         panels = order.numel() // PANEL
         steps = -(-columns // _INPUTS_PER_STEP[self._weights])
         groups = -(-columns // GROUP)
