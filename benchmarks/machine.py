@@ -11,7 +11,7 @@ from typing import Any
 
 # The instruction sets that decide the speed of bfloat16 and int8 products.
 TELLING_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8")
-PACKAGES = ("torch", "transformers", "fastapi", "uvicorn", "uvloop", "httptools", "msgspec")
+PACKAGES = ("torch", "triton", "transformers", "fastapi", "uvicorn", "uvloop", "httptools", "msgspec")
 
 
 def available_cores() -> int:

@@ -27,15 +27,22 @@ from server.engine.environment import engine_environment
 from server.engine.llm_engine import LLMEngine
 from server.engine.messages import AddRequest
 
+GREEDY = SamplingParams(temperature=0.0)
+
 
 class BenchmarkError(Exception):
     """The engine cannot run, or did not run, the workload as asked."""
 
 
 class OfflineBenchmark:
-    """Batches of equal requests through one engine. Raises BenchmarkError if a batch cannot fit at once."""
+    """Batches of requests of one length through one engine, sampled as `params` says.
 
-    def __init__(self, engine: LLMEngine, workload: Workload, largest_batch: int) -> None:
+    Raises BenchmarkError if a batch cannot fit at once.
+    """
+
+    def __init__(
+        self, engine: LLMEngine, workload: Workload, largest_batch: int, params: SamplingParams = GREEDY
+    ) -> None:
         info = engine.info
         if info.max_num_seqs < largest_batch:
             raise BenchmarkError(f"the engine runs {info.max_num_seqs} sequences at once: raise --max-num-seqs")
@@ -45,6 +52,7 @@ class OfflineBenchmark:
             raise BenchmarkError(f"the KV cache holds {room} tokens, not {needed}: raise --kv-cache-memory")
         self._engine = engine
         self._workload = workload
+        self._params = dataclasses.replace(params, ignore_eos=True)
         self._next_id = 0
 
     def run_batch(self, batch: int, seed: int) -> BatchTiming:
@@ -59,7 +67,7 @@ class OfflineBenchmark:
 
     def _run(self, prompts: list[list[int]], output_len: int) -> tuple[float, list[StepMark]]:
         """Seconds from the first `add` to the last token, and a mark per step."""
-        params = SamplingParams(max_tokens=output_len, temperature=0.0, ignore_eos=True)
+        params = dataclasses.replace(self._params, max_tokens=output_len)
         preempted = self._engine.stats().num_preemptions
         start = perf_counter()
         for prompt in prompts:
