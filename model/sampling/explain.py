@@ -18,7 +18,8 @@ from torch import Tensor
 from model.sampling.draw import argmax, padded_width, probabilities, total_mass
 from model.sampling.edits import LogitBias, MinTokens, Penalties
 from model.sampling.filters import Filters, largest_threshold
-from model.sampling.sampler import MIN_TEMPERATURE, Sampler, SamplingRow
+from model.sampling.rows import MIN_TEMPERATURE
+from model.sampling.sampler import Sampler, SamplingRow
 from model.sampling_params import SamplingParams
 
 Edit = Callable[[], None]

@@ -20,9 +20,9 @@ from model.sampling.edits import LogitBias, MinTokens, Penalties
 from model.sampling.filters import Filters
 from model.sampling.logprobs import Logprobs, LogprobsRequest
 from model.sampling.masks import AllowedTokens
+from model.sampling.rows import MIN_TEMPERATURE, RowParameters
+from model.sampling.triton_sampling import kernel_available, sample_rows
 from model.sampling_params import SamplingParams
-
-MIN_TEMPERATURE = 1e-6  # below it, dividing would overflow float32; the draw is greedy long before
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,10 @@ class SamplingRow:
 
 @dataclass(frozen=True, slots=True)
 class SamplerOutput:
-    """`token_ids` [B] int64 on the device; `logprobs` when a row asked for them."""
+    """`token_ids` [B] int64 on the device; `logprobs` when a row asked for them.
+
+    Where the CUDA kernel draws, the token id of a row with a NaN among its logits is -1.
+    """
 
     token_ids: Tensor
     logprobs: Logprobs | None = None
@@ -58,10 +61,12 @@ class SamplingBatch:
 
     Serves until the batch's composition or order changes. What changes every step, the positions, goes to
     `Sampler.sample`; the tokens that were accepted must be handed to `record`, or penalties would not know them.
+    `parameters` are all of the rows where the CUDA kernel draws, and `greedy_rows` and `random` are None then. Else
     `greedy_rows` is None when no row or every row is greedy.
     """
 
     size: int
+    parameters: RowParameters | None
     greedy_rows: Tensor | None
     random: RandomRows | None
     bias: LogitBias | None
@@ -77,7 +82,7 @@ class SamplingBatch:
         """Add the tokens [B] int64 that the rows have just been given. Free when no row has penalties."""
         if self.penalties is not None:
             with torch.no_grad():
-                self.penalties.record(token_ids)
+                self.penalties.record(token_ids.clamp_min(0))  # -1 is no index
 
 
 class Sampler:
@@ -97,6 +102,7 @@ class Sampler:
         self.eos_token_ids = tuple(eos_token_ids)
         self.device = torch.device(device)
         self._width = padded_width(self.valid_vocab_size)
+        self._has_kernel = kernel_available(self.device)
         self._workspace = torch.empty(2, 0, self._width)
 
     def build_batch(self, rows: Sequence[SamplingRow]) -> SamplingBatch:
@@ -104,11 +110,12 @@ class Sampler:
         params = [row.params for row in rows]
         valid, width, device = self.valid_vocab_size, self._width, self.device
         greedy = [index for index, p in enumerate(params) if p.is_greedy]
-        some_greedy = 0 < len(greedy) < len(rows)
+        some_greedy = 0 < len(greedy) < len(rows) and not self._has_kernel
         return SamplingBatch(
             size=len(rows),
+            parameters=RowParameters.build(params, valid, device) if self._has_kernel else None,
             greedy_rows=torch.tensor(greedy, dtype=torch.int64, device=device) if some_greedy else None,
-            random=self._build_random(params),
+            random=None if self._has_kernel else self._build_random(params),
             bias=LogitBias.build(params, self.vocab_size, valid, width, device),
             penalties=Penalties.build(
                 params,
@@ -155,9 +162,12 @@ class Sampler:
             token_ids = self._sample(valid, batch, positions, scores, probs)
         if batch.logprobs is None:
             return SamplerOutput(token_ids)
-        return SamplerOutput(token_ids, batch.logprobs.compute(valid, token_ids, scores, probs))
+        # A row that got -1 has no log-probabilities but NaN, whichever id is looked up.
+        return SamplerOutput(token_ids, batch.logprobs.compute(valid, token_ids.clamp_min(0), scores, probs))
 
     def _sample(self, logits: Tensor, batch: SamplingBatch, positions: Tensor, scores: Tensor, probs: Tensor) -> Tensor:
+        if batch.parameters is not None:
+            return self._run_kernel(logits, batch.parameters, positions, scratch=probs)
         random = batch.random
         if random is None:
             return argmax(logits)
@@ -170,6 +180,13 @@ class Sampler:
             logits.index_select(0, rows), random, positions.index_select(0, rows), scores[:count], probs[:count]
         )
         return token_ids.index_copy_(0, rows, drawn)
+
+    def _run_kernel(self, logits: Tensor, parameters: RowParameters, positions: Tensor, scratch: Tensor) -> Tensor:
+        token_ids = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
+        if logits.stride(1) != 1:
+            logits = logits.contiguous()
+        sample_rows(logits, self.valid_vocab_size, parameters, positions.contiguous(), scratch, token_ids)
+        return token_ids
 
     def _edit(
         self, logits: Tensor, scores: Tensor, batch: SamplingBatch, positions: Tensor, allowed: AllowedTokens | None
