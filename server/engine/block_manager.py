@@ -200,13 +200,13 @@ class BlockManager:
         return start * size, (end - start) * size
 
     def mark_computed(self, seq: Sequence) -> None:
-        """Enter into the cache the full blocks that `num_computed_tokens` covers: call it after the step that
-        wrote their KV."""
+        """Enter into the cache the full blocks of known tokens that `num_computed_tokens` covers: call it once the step
+        that writes their KV is with the device, which runs later steps after it."""
         if not self._leaves_content(seq):
             seq.next_cache_boundary = _NEVER
             return
         size = self._block_sizes[seq.generation]
-        num_full = seq.num_computed_tokens // size
+        num_full = min(seq.num_computed_tokens, len(seq.token_ids)) // size
         self._describe(seq, num_full)
         for index in range(seq.num_cached_blocks, num_full):
             self._register(seq, index)

@@ -24,7 +24,9 @@ class EngineConfig:
     `trace_requests` counts what each request meets (RequestTrace), for a server that keeps a history;
     `strict_self_check` refuses a model whose logits are not those stored with it.
     `speculation` lets sequences guess their next tokens from their own text, where that costs little;
-    `cuda_graphs` lets decode steps on CUDA replay captured graphs, at the price of some memory and start-up time.
+    `cuda_graphs` lets decode steps on CUDA replay captured graphs, at the price of some memory and start-up time;
+    `overlap` prepares each step while the one before it still runs (None: on CUDA, where the host is free to), and
+    nothing is guessed then.
     """
 
     model_path: str
@@ -41,6 +43,7 @@ class EngineConfig:
     attention_backend: str = "auto"
     num_threads: int | None = None
     cuda_graphs: bool = True
+    overlap: bool | None = None
     speculation: bool = True
     deterministic: bool = False
     strict_self_check: bool = False

@@ -1,7 +1,8 @@
-"""CUDA graphs for decode steps: one captured forward per batch size, replayed with no launch overhead.
+"""CUDA graphs for decode steps: for each batch size, a captured step from token ids to the next token ids.
 
-A captured forward reads fixed buffers, into which each step's inputs are copied. A step with fewer sequences than
-its graph is filled up with rows that have no context and no cache slot: they read and write nothing.
+It reads fixed buffers, which one copy fills, and the tokens that the step before it has drawn, so that it can be
+launched while that still runs. A step with fewer sequences than its graph is filled up with rows that have no context
+and no cache slot: they read and write nothing.
 """
 
 from __future__ import annotations
@@ -9,14 +10,18 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from model.paged_attention import AttentionMetadata
+from model.sampling.draw import padded_width
+from model.sampling.triton_sampling import kernel_available, sample_rows
+from server.engine.decode_buffers import DecodeBuffers, DeviceStep
 from server.engine.scheduler import ScheduledBatch
-from server.engine.step_inputs import StepInputs
+from server.engine.sequence import Sequence
+from server.engine.step_inputs import DecodeArrays
 
 if TYPE_CHECKING:
     from server.engine.model_runner import ModelRunner
@@ -38,62 +43,34 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
     return sorted(size for size in sizes if size <= largest)
 
 
-class DecodeBuffers:
-    """The inputs of decode steps at fixed addresses, for up to `max_num_seqs` sequences."""
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """What a step of B sequences leaves until the next one: its logits [B, V], the tokens [B] drawn from them (None
+    where a sequence asks for more than the graph can do), and how many tokens came before each [B]."""
 
-    def __init__(self, max_num_seqs: int, max_blocks: int, max_model_len: int, device: torch.device) -> None:
-        self._max_model_len = max_model_len
-        self._input_ids = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
-        self._positions = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
-        self._slot_mapping = torch.full((max_num_seqs,), -1, dtype=torch.int64, device=device)
-        self._context_lens = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
-        self._block_tables = torch.zeros(max_num_seqs, max_blocks, dtype=torch.int32, device=device)
-        self._cu_seqlens_q = torch.arange(max_num_seqs + 1, dtype=torch.int32, device=device)
-        self._rows = torch.arange(max_num_seqs, device=device)
-
-    def view(self, size: int) -> StepInputs:
-        """The step of the first `size` rows: always the same memory. Its host values hold for any sequences."""
-        metadata = AttentionMetadata(
-            cu_seqlens_q=self._cu_seqlens_q[: size + 1],
-            context_lens=self._context_lens[:size],
-            block_tables=self._block_tables[:size],
-            slot_mapping=self._slot_mapping[:size],
-            num_tokens=size,
-            max_query_len=1,
-            max_context_len=self._max_model_len,
-        )
-        rows = self._rows[:size]
-        return StepInputs(self._input_ids[:size], self._positions[:size], rows, rows, metadata)
-
-    def load(self, inputs: StepInputs, size: int) -> None:
-        """Copy a decode step of at most `size` sequences and make the rows up to `size` empty.
-
-        What earlier steps left in the other buffers of those rows is valid and does no harm.
-        """
-        metadata = inputs.metadata
-        rows, width = metadata.block_tables.shape
-        self._input_ids[:rows].copy_(inputs.input_ids[:rows])
-        self._positions[:rows].copy_(inputs.positions[:rows])
-        self._slot_mapping[:rows].copy_(metadata.slot_mapping[:rows])
-        self._context_lens[:rows].copy_(metadata.context_lens)
-        self._block_tables[:rows, :width].copy_(metadata.block_tables)
-        if rows < size:
-            self._slot_mapping[rows:size].fill_(-1)
-            self._context_lens[rows:size].zero_()
+    logits: Tensor
+    token_ids: Tensor | None
+    sample_positions: Tensor
 
 
 class CUDAGraphRunner:
-    """Captured decode forwards, from token ids to logits."""
+    """Captured decode steps. What they draw is in the runner's `drawn` tokens."""
 
     def __init__(self, runner: ModelRunner) -> None:
         limits, device = runner.limits, runner.device
         self._runner = runner
         self._sizes = graph_sizes(limits.max_num_seqs)
         max_blocks = -(-limits.max_model_len // limits.block_size)
-        self._buffers = DecodeBuffers(self._sizes[-1], max_blocks, limits.max_model_len, device)
-        vocab_size = runner.model_config.vocab_size
-        self._logits = torch.empty(self._sizes[-1], vocab_size, dtype=runner.dtype, device=device)
+        self._valid_vocab_size = runner.sampler.valid_vocab_size
+        self._buffers = DecodeBuffers(self._sizes, max_blocks, limits.max_model_len, self._valid_vocab_size, device)
+        largest, vocab_size = self._sizes[-1], runner.model_config.vocab_size
+        self._logits = torch.empty(largest, vocab_size, dtype=runner.dtype, device=device)
+        self._scratch = torch.empty(largest, padded_width(self._valid_vocab_size), device=device)
+        self._draws = self._can_draw()
         self._replays = self._capture_all()
+
+    def _can_draw(self) -> bool:
+        return kernel_available(self._runner.device)
 
     @classmethod
     def create(cls, runner: ModelRunner) -> CUDAGraphRunner | None:
@@ -116,13 +93,18 @@ class CUDAGraphRunner:
         return batch.num_decodes == size == batch.num_samples and size <= self._sizes[-1]
 
     @torch.inference_mode()
-    def replay(self, inputs: StepInputs) -> Tensor:
-        """Logits [B, V] of a step that `can_replay`; the next replay overwrites them."""
-        rows = inputs.metadata.context_lens.shape[0]
+    def replay(self, arrays: DecodeArrays) -> Replayed:
+        """Run a step that `can_replay`. Nothing is waited for."""
+        rows = len(arrays.sequences)
         size = next(size for size in self._sizes if size >= rows)
-        self._buffers.load(inputs, size)
+        self._buffers.load(arrays, size)
         self._replays[size]()
-        return self._logits[:rows]
+        drawn = self._draws and all(map(_draws_plainly, arrays.sequences))
+        return Replayed(
+            self._logits[:rows],
+            self._runner.drawn.ids[:rows] if drawn else None,
+            self._buffers.steps[size].inputs.sample_positions[:rows],
+        )
 
     def _capture_all(self) -> dict[int, Callable[[], None]]:
         """How to replay each size. The largest comes first: the others then fit into the memory that it has taken."""
@@ -130,16 +112,41 @@ class CUDAGraphRunner:
         return {size: self._capture(size, stream, pool) for size in reversed(self._sizes)}
 
     def _capture(self, size: int, stream: torch.cuda.Stream, pool: Any) -> Callable[[], None]:
-        """The buffers' rows are empty at this time, so that running them leaves the cache as it is."""
+        """Of rows that are empty, so that running them leaves the cache as it is."""
+        self._buffers.clear(size)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self._forward(size)  # compiles kernels and allocates what must not happen during a capture
+            self._run(size)  # compiles kernels and allocates what must not happen during a capture
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            self._forward(size)
+            self._run(size)
         torch.cuda.current_stream().wait_stream(stream)
         return graph.replay
 
-    def _forward(self, size: int) -> None:
-        hidden = self._runner.forward(self._buffers.view(size))
+    def _run(self, size: int) -> None:
+        """The step that is captured."""
+        step = self._buffers.steps[size]
+        input_ids = self._runner.drawn.look_up(step.inputs.input_ids, step.pending)
+        hidden = self._runner.forward(replace(step.inputs, input_ids=input_ids))
         self._logits[:size].copy_(self._runner.model.compute_logits(hidden))
+        if self._draws:
+            self._draw(size, step)
+
+    def _draw(self, size: int, step: DeviceStep) -> None:
+        """Replace the first `size` of the runner's drawn tokens by those that follow from the logits."""
+
+        sample_rows(
+            self._logits[:size],
+            self._valid_vocab_size,
+            step.parameters,
+            step.inputs.sample_positions,
+            self._scratch[:size],
+            self._runner.drawn.ids[:size],
+        )
+
+
+def _draws_plainly(seq: Sequence) -> bool:
+    """Whether logits, temperature, filters and a seed are all that its next token depends on, and all it wants."""
+    params = seq.params
+    edits = params.has_penalties or params.logit_bias or params.min_tokens or seq.grammar is not None
+    return not edits and params.logprobs is None

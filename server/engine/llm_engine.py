@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -16,6 +17,7 @@ from server.engine.block_manager import BlockManager
 from server.engine.config import EngineConfig
 from server.engine.grammar_queue import GrammarQueue
 from server.engine.invariance import InvarianceCheck
+from server.engine.launched_step import LaunchedStep, RunOutput
 from server.engine.messages import (
     NO,
     UNCHECKED,
@@ -29,7 +31,7 @@ from server.engine.messages import (
     SequenceOutput,
     StepOutput,
 )
-from server.engine.model_runner import ModelRunner, RunOutput
+from server.engine.model_runner import ModelRunner
 from server.engine.outputs import finished_output, logprobs_by_request, make_output, trace_step
 from server.engine.runners import Runners, load_runners
 from server.engine.scheduler import Counters, ScheduledBatch, Scheduler
@@ -42,6 +44,15 @@ logger = logging.getLogger(__name__)
 _GRAMMAR_WAIT = 0.005
 # Steps in a row in which every request failed; then something is wrong with more than the requests.
 _MAX_FAILED_STEPS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One generation's part of a step, under way; `launched` is None where that failed."""
+
+    batch: ScheduledBatch
+    runner: ModelRunner
+    launched: LaunchedStep | None
 
 
 class LLMEngine:
@@ -61,8 +72,10 @@ class LLMEngine:
             limits.max_num_seqs,
             limits.max_num_batched_tokens,
             limits.max_model_len,
-            max_draft_rows=self.runner.max_draft_rows if config.speculation else 0,
+            max_draft_rows=self._max_draft_rows(self.runner),
         )
+        # What the device still computes while the next step is scheduled.
+        self._under_way: list[_Step] = []
         self._grammars = GrammarQueue(time.monotonic)
         for name in self.runners.names[1:]:
             self._add_generation(self.runners.current[name])
@@ -91,7 +104,7 @@ class LLMEngine:
 
     @property
     def has_unfinished(self) -> bool:
-        return self.scheduler.has_unfinished or len(self._grammars) > 0
+        return self.scheduler.has_unfinished or len(self._grammars) > 0 or bool(self._under_way)
 
     def add(self, request: AddRequest) -> None:
         """Queue a request. Raises InvalidSequenceError, naming the field, for one that cannot be run."""
@@ -129,15 +142,32 @@ class LLMEngine:
         self.scheduler.abort(request_id)
 
     def step(self) -> StepOutput:
-        """Run one step. Requests that ended or got tokens are in its outputs."""
+        """Run one step. Requests that ended or got tokens are in its outputs.
+
+        Where the engine runs ahead, the step is only launched, on tokens that may still be on the device, and the
+        outputs are those of the step before it. A sequence whose last token turns out to be its end has then been
+        computed once too often, which nobody sees.
+        """
         ended = self._admit_grammars()
         batch = self.scheduler.schedule()
         outputs = [finished_output(seq) for seq in [*ended, *batch.expired]]
+        before, self._under_way = self._under_way, []
         if not batch.is_empty:
             for generation, part in batch.by_generation():
-                outputs += self._run(part, self.runners[generation])
+                self._under_way.append(self._launch(part, self.runners[generation]))
+        for step in before:
+            outputs += self._settle(step)
+        if not self._may_run_ahead(batch):
+            before, self._under_way = self._under_way, []
+            for step in before:
+                outputs += self._settle(step)
         self._drop_replaced()
         return StepOutput(outputs, self.stats(), batch.num_tokens)
+
+    def _may_run_ahead(self, batch: ScheduledBatch) -> bool:
+        if any(step.launched is None for step in self._under_way):
+            return False
+        return self.runner.runs_ahead and not batch.waits_for_tokens
 
     def _admit_grammars(self) -> list[Sequence]:
         """Queue the sequences whose grammars are compiled; those that ended before their turn."""
@@ -201,8 +231,11 @@ class LLMEngine:
     def _add_generation(self, generation: int) -> None:
         runner = self.runners[generation]
         self.block_manager.add_generation(generation, runner.limits.block_size)
-        drafts = runner.max_draft_rows if self.config.speculation else 0
-        self.scheduler.add_generation(generation, runner.limits.max_model_len, drafts)
+        self.scheduler.add_generation(generation, runner.limits.max_model_len, self._max_draft_rows(runner))
+
+    def _max_draft_rows(self, runner: ModelRunner) -> int:
+        """Guesses need the tokens before them."""
+        return runner.max_draft_rows if self.config.speculation and not runner.runs_ahead else 0
 
     def _drop_replaced(self) -> None:
         for generation in self.runners.replaced:
@@ -250,26 +283,38 @@ class LLMEngine:
             spec_decode_num_accepted_tokens=total.num_accepted_tokens,
         )
 
-    def _run(self, batch: ScheduledBatch, runner: ModelRunner) -> list[SequenceOutput]:
+    def _launch(self, batch: ScheduledBatch, runner: ModelRunner) -> _Step:
         try:
-            result = runner.run(batch)
+            launched = runner.launch(batch)
         except Exception as error:
             if not self._is_survivable(error):
                 raise
             logger.exception("a step of %d tokens failed; its requests are run one by one", batch.num_tokens)
-            return self._run_one_by_one(batch, runner)
+            return _Step(batch, runner, None)
+        self.scheduler.advance(batch)
+        return _Step(batch, runner, launched)
+
+    def _settle(self, step: _Step) -> list[SequenceOutput]:
+        """Wait for a step and take in what it computed."""
+        if step.launched is None:
+            return self._run_one_by_one(step.batch, step.runner)
+        result = step.launched.wait()
         self._num_failed_steps = 0
-        return self._take(batch, result)
+        return self._take(step.batch, result)
 
     def _run_one_by_one(self, batch: ScheduledBatch, runner: ModelRunner) -> list[SequenceOutput]:
         """After a step that failed: whoever fails alone too is ended, the others lose nothing."""
         outputs: list[SequenceOutput] = []
         num_failed = 0
         for row, seq in enumerate(batch.sequences):
+            if seq.is_finished:
+                continue
             runner.forget_sampling()
             alone = batch.row(row)
             try:
-                outputs += self._take(alone, runner.run(alone))
+                launched = runner.launch(alone)
+                self.scheduler.advance(alone)
+                outputs += self._take(alone, launched.wait())
             except Exception as error:
                 if not self._is_survivable(error):
                     raise
@@ -290,7 +335,7 @@ class LLMEngine:
     def _take(self, batch: ScheduledBatch, result: RunOutput) -> list[SequenceOutput]:
         logprobs = logprobs_by_request(batch, result.logprobs)
         guessing = trace_step(batch) if self.config.trace_requests else []
-        updates = self.scheduler.update(batch, result.token_ids)
+        updates = self.scheduler.settle(batch, result.token_ids)
         for seq, tokens, _ in updates:
             if seq.trace is not None and seq.request_id in guessing:
                 seq.trace.num_accepted_tokens += max(0, len(tokens) - 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,31 +16,20 @@ from model.kv_cache import PagedKVCache, bytes_per_block
 from model.packed_linear import MIN_ROWS
 from model.paged_attention import PagedBatch
 from model.sampling import Sampler, SamplingBatch, SamplingRow
-from model.sampling.logprobs import Logprobs
 from model.tokenizer import Tokenizer
 from server.engine.config import EngineConfig
 from server.engine.cuda_graph import CUDAGraphRunner
+from server.engine.drawn_tokens import DrawnTokens
 from server.engine.grammar_compiler import GrammarCompiler
 from server.engine.grammar_masks import GrammarMasks
 from server.engine.grammar_vocabulary import GrammarVocabulary
-from server.engine.messages import TokenExplanation, TokenLogprobs
+from server.engine.launched_step import LaunchedStep
 from server.engine.prompt_scoring import NOTHING_SCORED, PromptScorer, Scored
 from server.engine.scheduler import ScheduledBatch
 from server.engine.sequence import Sequence
 from server.engine.shared_cache import CacheRoom
 from server.engine.sizing import device_name, resolve_device, resolve_dtype, resolve_limits, resolve_threads
 from server.engine.step_inputs import InputBuilder, StepInputs
-
-
-@dataclass(frozen=True, slots=True)
-class RunOutput:
-    """One entry per token that was drawn, in order: None where its logits were not numbers.
-    `prompt_logprobs` and `explained` by request id, of the sequences whose prompts were scored in part."""
-
-    token_ids: list[int | None]
-    logprobs: list[list[TokenLogprobs] | None]
-    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
-    explained: dict[int, list[TokenExplanation]] = field(default_factory=dict)
 
 
 class ModelRunner:
@@ -90,6 +78,7 @@ class ModelRunner:
             needs_slots=self._decoder is None,
             numbers=self.cache.numbers,
         )
+        self.drawn = DrawnTokens(self.limits.max_num_seqs, self.device)
         self._scorer = PromptScorer(self.model_config.vocab_size, self.device, self.sampler)
         self._sampling: SamplingBatch | None = None
         self._sampling_key: list[int] = []
@@ -139,41 +128,64 @@ class ModelRunner:
         return 0 if self._decoder is None else self._decoder.tile_rows
 
     @property
+    def runs_ahead(self) -> bool:
+        """Whether a step can be launched on the tokens of the one before it while that still runs."""
+        wanted = self.config.overlap
+        return self.device.type == "cuda" if wanted is None else wanted
+
+    @property
     def device_name(self) -> str:
         return device_name(self.device)
 
     @torch.inference_mode()
-    def run(self, batch: ScheduledBatch) -> RunOutput:
+    def launch(self, batch: ScheduledBatch) -> LaunchedStep:
         """Compute the batch's tokens, writing their KV; score prompts where that is asked for, and sample where a row
-        reaches its sequence's end."""
+        reaches its sequence's end. On CUDA nothing is waited for unless prompts are scored."""
+        if self._graphs is not None and self._graphs.can_replay(batch):
+            return self._replay(self._graphs, batch)
         inputs = self._inputs.build(batch)
         logits, scored = self._compute(batch, inputs)
         if logits is None:
-            return RunOutput([], [], *scored)
+            return LaunchedStep.without_samples(scored)
         rows = zip(batch.sequences, batch.needs_sample, strict=True)
         sampled = [seq for seq, wanted in rows if wanted for _ in range(1 + len(seq.draft))]
-        sampling = self._sampling_batch(sampled)
-        allowed = self._masks.fill(sampled)
-        output = self.sampler.sample(logits, sampling, inputs.sample_positions, allowed)
-        sampling.record(output.token_ids)
-        token_ids = _tokens(logits, output.token_ids)
-        if allowed is not None:
-            rows_and_ids = zip(sampled, token_ids, strict=True)
-            token_ids = [None if _grammar_failed(seq) else token_id for seq, token_id in rows_and_ids]
-        return RunOutput(token_ids, _logprobs(sampled, output.token_ids, output.logprobs), *scored)
+        return self._draw(sampled, logits, inputs.sample_positions, scored)
 
     @torch.inference_mode()
     def compute_logits(self, batch: ScheduledBatch) -> torch.Tensor | None:
-        """What `run` would sample from: logits [samples, V] that the next step may overwrite, or None without any."""
+        """What `launch` samples from: logits [samples, V] that the next step may overwrite, or None without any."""
+        if self._graphs is not None and self._graphs.can_replay(batch):
+            return self._graphs.replay(self._inputs.decodes(batch)).logits
         return self._compute(batch, self._inputs.build(batch))[0]
+
+    def _replay(self, graphs: CUDAGraphRunner, batch: ScheduledBatch) -> LaunchedStep:
+        """A step of decodes that draws inside its graph, unless a sequence asks for more than that can."""
+        replayed = graphs.replay(self._inputs.decodes(batch))
+        if replayed.token_ids is None:
+            return self._draw(batch.sequences, replayed.logits, replayed.sample_positions, NOTHING_SCORED)
+        return LaunchedStep.begin(batch.sequences, replayed.token_ids)
+
+    def _draw(
+        self, sampled: list[Sequence], logits: torch.Tensor, positions: torch.Tensor, scored: Scored
+    ) -> LaunchedStep:
+        """A token for each of `sampled`, from logits [samples, V]; `positions` [samples] count those before it."""
+        sampling = self._sampling_batch(sampled)
+        allowed = self._masks.fill(sampled)
+        output = self.sampler.sample(logits, sampling, positions, allowed)
+        sampling.record(output.token_ids)
+        broken = logits.gather(1, output.token_ids.clamp_min(0)[:, None]).isnan().squeeze(1)
+        token_ids = output.token_ids.masked_fill(broken, -1)
+        if self.runs_ahead:
+            self.drawn.keep(token_ids)
+        return LaunchedStep.begin(sampled, token_ids, output.logprobs, scored)
 
     def _compute(self, batch: ScheduledBatch, inputs: StepInputs) -> tuple[torch.Tensor | None, Scored]:
         """Logits [samples, V] of the rows that are to be sampled, or None if there are none; and what was asked about
         the prompts' tokens."""
         if torch.get_num_threads() != self._num_threads:  # another model's
             torch.set_num_threads(self._num_threads)
-        if self._graphs is not None and self._graphs.can_replay(batch):
-            return self._graphs.replay(inputs), NOTHING_SCORED
+        if inputs.pending is not None:
+            self.drawn.fill_in(inputs.input_ids, inputs.pending)
         hidden, score = self.hidden_states(inputs), inputs.score
         scored = NOTHING_SCORED
         if score is not None:
@@ -212,16 +224,6 @@ class ModelRunner:
         return self._sampling
 
 
-def _tokens(logits: torch.Tensor, token_ids: torch.Tensor) -> list[int | None]:
-    """The drawn ids [B], None where the logits [B, V] are NaN; the step's one wait for the device."""
-    broken = logits.gather(1, token_ids[:, None]).isnan().squeeze(1)
-    return [None if token_id < 0 else token_id for token_id in token_ids.masked_fill(broken, -1).tolist()]
-
-
-def _grammar_failed(seq: Sequence) -> bool:
-    return seq.grammar is not None and seq.grammar.has_failed
-
-
 def _sampling_row(seq: Sequence) -> SamplingRow:
     if not seq.params.has_penalties:
         return SamplingRow(seq.params)
@@ -241,21 +243,3 @@ def _grammar_vocabulary(folder: Path, size: int) -> GrammarVocabulary | None:
         return GrammarVocabulary.of(Tokenizer.load(folder), size)
     except TokenizerError:
         return None
-
-
-def _logprobs(
-    sampled: list[Sequence], token_ids: torch.Tensor, logprobs: Logprobs | None
-) -> list[list[TokenLogprobs] | None]:
-    if logprobs is None:
-        return [None] * len(sampled)
-    ids, chosen = token_ids.tolist(), logprobs.chosen.tolist()
-    top_ids, top_logprobs = logprobs.top_ids.tolist(), logprobs.top_logprobs.tolist()
-    result: list[list[TokenLogprobs] | None] = []
-    for row, seq in enumerate(sampled):
-        count = seq.params.logprobs
-        if count is None:
-            result.append(None)
-            continue
-        top = list(zip(top_ids[row][:count], top_logprobs[row][:count], strict=True))
-        result.append([TokenLogprobs(ids[row], chosen[row], top)])
-    return result

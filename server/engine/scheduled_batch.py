@@ -31,6 +31,11 @@ class ScheduledBatch:
         return not self.sequences
 
     @property
+    def waits_for_tokens(self) -> bool:
+        """Whether the next step cannot be prepared before this one's tokens are known."""
+        return any(seq.waits_for_tokens for seq in self.sequences)
+
+    @property
     def num_samples(self) -> int:
         """Tokens to be drawn."""
         return sum(self.needs_sample) + sum([len(seq.draft) for seq in self.sequences])
@@ -63,7 +68,7 @@ class ScheduledBatch:
 def is_decode(seq: Sequence) -> bool:
     """One token to compute, past the prompt."""
     computed = seq.num_computed_tokens
-    return computed >= seq.num_prompt_tokens and len(seq.token_ids) - computed == 1
+    return computed >= seq.num_prompt_tokens and len(seq.token_ids) + seq.num_pending - computed == 1
 
 
 def schedule_prefill(seq: Sequence, budget: int) -> int:

@@ -156,7 +156,8 @@ class Scheduler:
     def abort(self, request_id: int, finish_reason: FinishReason = "abort") -> Sequence | None:
         """End a sequence in any state and free its blocks at once. None if it is unknown or already finished.
 
-        Between `schedule` and `update` it is safe only once the step's computation is over.
+        Between `schedule` and `advance` it is safe only once the step's computation is over; after that, steps that
+        still run write to freed blocks before any later step does.
         """
         seq = self._find(request_id)
         if seq is not None:
@@ -166,7 +167,7 @@ class Scheduler:
     def schedule(self) -> ScheduledBatch:
         """Choose the next step's work.
 
-        Calling it again without `update`, after a step that failed, chooses the same tokens again.
+        Calling it again without `advance`, after a step that failed, chooses the same tokens again.
         """
         now = self._clock()
         expired = self._expire(now)
@@ -181,32 +182,56 @@ class Scheduler:
         return make_batch(decodes, prefills, expired)
 
     def update(self, batch: ScheduledBatch, sampled: list[int | None]) -> list[SequenceUpdate]:
-        """Take in a step's result: `sampled` holds, in order, one token id for each row with `needs_sample` and each
-        token of a draft, or None where drawing it failed, which ends that sequence with its `failure` as finish_reason.
+        """Take in a step that is over: `advance` and `settle` at once."""
+        self.advance(batch)
+        return self.settle(batch, sampled)
 
-        Returns the sequences that got a token, that were scored in part or that ended. Rows aborted since `schedule`
-        are passed over.
+    def advance(self, batch: ScheduledBatch) -> None:
+        """Count a step that was handed to the device as computed, so that the next one can be scheduled behind it. What
+        it draws is pending until `settle`.
+
+        A step with sequences that wait for their tokens (see Sequence) must be settled before the next `schedule`.
+        """
+        row = 0
+        for seq, count, needs_sample in zip(
+            batch.sequences, batch.num_scheduled_tokens, batch.needs_sample, strict=True
+        ):
+            if seq.status is SequenceStatus.RUNNING and not seq.draft:
+                seq.num_computed_tokens += count
+                seq.num_scheduled_tokens = 0
+                if needs_sample:
+                    seq.num_pending += 1
+                    seq.pending_row = row
+            if needs_sample:
+                row += 1 + len(seq.draft)
+
+    def settle(self, batch: ScheduledBatch, sampled: list[int | None]) -> list[SequenceUpdate]:
+        """Take in the oldest step that was advanced: `sampled` holds, in order, one token id for each row with
+        `needs_sample` and each token of a draft, or None where drawing it failed, which ends that sequence with its
+        `failure` as finish_reason.
+
+        Returns the sequences that got a token, that were scored in part or that ended. Rows that ended since they were
+        scheduled are passed over.
         """
         assert len(sampled) == batch.num_samples, "one entry of sampled per token to be drawn"
         now = self._clock()
         self.num_steps += 1
         results: list[SequenceUpdate] = []
         tokens = iter(sampled)
-        running = SequenceStatus.RUNNING
+        finished = SequenceStatus.FINISHED
         rows = zip(batch.sequences, batch.num_scheduled_tokens, batch.needs_sample, strict=True)
         for seq, count, needs_sample in rows:
             drawn = [next(tokens) for _ in range(1 + len(seq.draft))] if needs_sample else []
-            if seq.status is not running:
+            if seq.status is finished:
                 continue
             if seq.draft:
                 results.append(self._take_draft(seq, drawn, now))
                 continue
-            scored = seq.prompt_score is not None and seq.prompt_score.take(seq.num_computed_tokens, count)
-            seq.num_computed_tokens += count
-            seq.num_scheduled_tokens = 0
+            scored = seq.prompt_score is not None and seq.prompt_score.take(seq.num_computed_tokens - count, count)
             if seq.num_computed_tokens >= seq.next_cache_boundary:
                 self.block_manager.mark_computed(seq)
             if needs_sample:
+                seq.num_pending -= 1
                 results.append(self._take_token(seq, drawn[0], now))
             elif seq.score_only and seq.num_computed_tokens == len(seq.token_ids):
                 self.counters[seq.generation].prompt_tokens += seq.num_prompt_tokens
@@ -221,7 +246,7 @@ class Scheduler:
 
         Every decode has its token set aside before prompts share the rest.
         """
-        running = list(self._running.values())
+        running = [seq for seq in self._running.values() if not seq.is_drawn_out]
         block_size_of = self.block_manager.block_size_of
         drafts = self._draft_lengths(running)
         budget = self.max_num_batched_tokens - sum([is_decode(seq) for seq in running])
@@ -284,6 +309,8 @@ class Scheduler:
         in_progress = {key for seq in prefills for key in blocks.blocks_in_progress(seq)}
         while self._waiting and budget and len(self._running) < self.max_num_seqs:
             seq = self._waiting.peek()
+            if seq.num_pending:
+                return  # preempted with a token still on the device, which must be computed again too
             if in_progress and self._better_later(seq, in_progress):
                 return
             if not blocks.admit(seq, reserve=len(self._running)):

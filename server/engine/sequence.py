@@ -63,6 +63,8 @@ class Sequence:
     `token_ids` is prompt and output in one list, to which only the scheduler appends.
     `num_computed_tokens` counts the leading tokens whose KV is written; `num_scheduled_tokens` those that the
     current step computes next. `block_table[i]` is the block that holds positions `i * block_size` and on.
+    `num_pending` tokens, at most two, were drawn behind `token_ids` by steps whose results are still on the device; the
+    last of them is entry `pending_row` of what its step draws.
     `cached_tokens` counts prompt tokens that the prefix cache served when the sequence was first admitted.
     `draft` holds guesses at the tokens after the last one, computed in the current step only; `lookup` makes them.
     `generation` names the weights that compute it: those of one of several models, or a model's before a reload.
@@ -85,8 +87,9 @@ class Sequence:
         "arrival_time", "block_contents", "block_table", "cache_epoch", "cached_tokens", "deadline", "draft",
         "eos_token_ids", "explain", "finish_reason", "finished", "first_scheduled", "first_token", "generation",
         "grammar", "keeps_last", "lookup", "max_num_tokens", "next_cache_boundary", "num_cached_blocks",
-        "num_computed_tokens", "num_preemptions", "num_prompt_tokens", "num_scheduled_tokens", "params", "pool",
-        "prompt_score", "request_id", "score_only", "status", "stop_ids", "stop_token_id", "token_ids", "trace",
+        "num_computed_tokens", "num_pending", "num_preemptions", "num_prompt_tokens", "num_scheduled_tokens", "params",
+        "pending_row", "pool", "prompt_score", "request_id", "score_only", "status", "stop_ids", "stop_token_id",
+        "token_ids", "trace",
     )  # fmt: skip
 
     def __init__(
@@ -132,6 +135,8 @@ class Sequence:
         self.stop_token_id: int | None = None
         self.num_computed_tokens = 0
         self.num_scheduled_tokens = 0
+        self.num_pending = 0
+        self.pending_row = -1
         self.cached_tokens = 0
         self.first_scheduled = 0.0
         self.first_token = 0.0
@@ -161,6 +166,23 @@ class Sequence:
     @property
     def output_token_ids(self) -> list[int]:
         return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def is_drawn_out(self) -> bool:
+        """Whether the tokens that are still on the device bring it to its length limit."""
+        return self.num_pending > 0 and len(self.token_ids) + self.num_pending >= self.max_num_tokens
+
+    @property
+    def waits_for_tokens(self) -> bool:
+        """Whether a step can only be prepared when the values of all tokens before it are known to the host."""
+        score = self.prompt_score
+        return (
+            self.grammar is not None
+            or self.params.has_penalties
+            or bool(self.draft)
+            or (score is not None and not score.is_complete)
+            or self.score_only
+        )
 
     @property
     def num_reusable_tokens(self) -> int:

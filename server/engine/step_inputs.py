@@ -11,6 +11,7 @@ from torch import Tensor
 
 from model.packed_linear import MIN_ROWS
 from model.paged_attention import AttentionMetadata
+from server.engine.drawn_tokens import PendingTokens
 from server.engine.scheduler import ScheduledBatch
 from server.engine.sequence import Sequence
 from server.engine.transfer import HostToDevice
@@ -38,6 +39,24 @@ class StepInputs:
     sample_positions: Tensor
     metadata: AttentionMetadata
     score: ScoreInputs | None = None
+    pending: PendingTokens | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeArrays:
+    """A step of decodes on the host, one entry for each of B sequences: int64 input_ids, positions, slots, generated
+    (how many tokens it has generated so far) and pending_rows (see PendingTokens, with bool is_pending); int32
+    context_lens and, at their full width, block_tables [B, max_blocks], a view that the next step overwrites."""
+
+    sequences: List[Sequence]
+    input_ids: np.ndarray
+    positions: np.ndarray
+    slots: np.ndarray
+    generated: np.ndarray
+    is_pending: np.ndarray
+    pending_rows: np.ndarray
+    context_lens: np.ndarray
+    block_tables: np.ndarray
 
 
 _NO_SLOTS = np.empty(0, dtype=np.int64)
@@ -91,11 +110,13 @@ class InputBuilder:
             ends,
             np.array(context_lens, dtype=np.int32),
             tables,
-            *score_arrays,
         ]
-        input_ids, token_positions, slots, rows, sample_positions, cu_seqlens_q, lens, block_tables, *score = (
-            self._send(arrays)
-        )
+        pending_arrays = _pending(sequences[:decodes])
+        sent = self._send([*arrays, *score_arrays, *pending_arrays])
+        input_ids, token_positions, slots, rows, sample_positions, cu_seqlens_q, lens, block_tables = sent[
+            : len(arrays)
+        ]
+        score, pending = sent[len(arrays) :][: len(score_arrays)], sent[len(arrays) + len(score_arrays) :]
         metadata = AttentionMetadata(
             cu_seqlens_q=cu_seqlens_q,
             context_lens=lens,
@@ -106,7 +127,31 @@ class InputBuilder:
             max_context_len=max(context_lens),
         )
         return StepInputs(
-            input_ids, token_positions, rows, sample_positions, metadata, ScoreInputs(*score) if score else None
+            input_ids,
+            token_positions,
+            rows,
+            sample_positions,
+            metadata,
+            ScoreInputs(*score) if score else None,
+            PendingTokens(*pending) if pending else None,
+        )
+
+    def decodes(self, batch: ScheduledBatch) -> DecodeArrays:
+        """A step in which every sequence decodes, for a captured graph."""
+        sequences = batch.sequences
+        positions = np.array([seq.num_computed_tokens for seq in sequences], dtype=np.int64)
+        tables = self._block_tables(sequences)
+        is_pending, rows = _pending(sequences) or (np.zeros(len(sequences), bool), np.zeros(len(sequences), np.int64))
+        return DecodeArrays(
+            sequences,
+            np.array([seq.token_ids[-1] for seq in sequences], dtype=np.int64),
+            positions,
+            self._slots(positions, batch.num_scheduled_tokens, tables, 0),
+            np.array([seq.num_output_tokens + seq.num_pending for seq in sequences], dtype=np.int64),
+            is_pending,
+            rows,
+            (positions + 1).astype(np.int32),
+            self._tables[: len(sequences)],
         )
 
     def _slots(self, positions: np.ndarray, counts: List[int], tables: np.ndarray, padding: int) -> np.ndarray:
@@ -139,12 +184,20 @@ class InputBuilder:
         return self._transfer.send(arrays)
 
 
+def _pending(decodes: List[Sequence]) -> tuple[np.ndarray, ...]:
+    """The arrays of PendingTokens, or none where the host knows all tokens."""
+    is_pending = np.array([seq.num_pending > 0 for seq in decodes], dtype=bool)
+    if not is_pending.any():
+        return ()
+    return is_pending, np.array([max(seq.pending_row, 0) for seq in decodes], dtype=np.int64)
+
+
 def _sampled_rows(batch: ScheduledBatch, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The step's rows [samples] behind which a token is drawn, and how many tokens [samples] come before it: the last
     row of a sequence, and with a draft the rows of the draft too."""
     rows = ends[1:][np.array(batch.needs_sample, dtype=bool)] - 1
     sampled = [seq for seq, wanted in zip(batch.sequences, batch.needs_sample, strict=True) if wanted]
-    generated = np.array([seq.num_output_tokens for seq in sampled], dtype=np.int64)
+    generated = np.array([seq.num_output_tokens + seq.num_pending for seq in sampled], dtype=np.int64)
     if not any(seq.draft for seq in sampled):
         return rows, generated
     lengths = [len(seq.draft) for seq in sampled]

@@ -73,6 +73,11 @@ LOADS = {
         guessing=True,
         most=3,  # no guesses are made while others wait, and only so few may guess several tokens
     ),
+    "running ahead": Load(
+        lambda stats: stats.num_preemptions > 0 and stats.prefix_cache_hits > 0,
+        {"max_num_batched_tokens": 64, "overlap": True},
+        small_pool=True,
+    ),
     "aborted neighbours": Load(lambda stats: stats.num_free_blocks == stats.num_blocks, abort_share=0.2),
     "all of it": Load(
         lambda stats: stats.num_preemptions > 0 and stats.prefix_cache_hits > 0,

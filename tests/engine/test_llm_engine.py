@@ -15,9 +15,9 @@ from model.generate import CausalModel, GenerationOutput, generate
 from model.packed_model import PackedModel
 from model.sampling_params import SamplingParams
 from server.engine.config import EngineConfig
+from server.engine.launched_step import LaunchedStep
 from server.engine.llm_engine import LLMEngine
 from server.engine.messages import AddRequest, SequenceOutput
-from server.engine.model_runner import RunOutput
 from server.engine.scheduler import ScheduledBatch
 from server.engine.sequence import InvalidSequenceError
 from tests.engine.conftest import VOCAB_SIZE
@@ -184,14 +184,14 @@ def test_a_step_that_fails_costs_only_the_request_that_fails_alone(
     engine = make_engine(llama_checkpoint, "float32")
     for request in requests:
         engine.add(request)
-    run = engine.runner.run
+    launch = engine.runner.launch
 
-    def fail(batch: ScheduledBatch) -> RunOutput:
+    def fail(batch: ScheduledBatch) -> LaunchedStep:
         if any(seq.request_id == 3 and seq.num_output_tokens == 2 for seq in batch.sequences):
             raise error
-        return run(batch)
+        return launch(batch)
 
-    monkeypatch.setattr(engine.runner, "run", fail)
+    monkeypatch.setattr(engine.runner, "launch", fail)
     outputs = drain_outputs(engine)
     assert [output.request_id for output in outputs if output.finish_reason == "error"] == [3]
     for request in requests:
@@ -206,7 +206,7 @@ def test_an_engine_in_which_nothing_works_gives_up(llama_checkpoint: Path, monke
     def fail(batch: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(engine.runner, "run", fail)
+    monkeypatch.setattr(engine.runner, "launch", fail)
     for request_id in range(3):
         engine.add(AddRequest(request_id, [1, 2, 3], SamplingParams(max_tokens=8), 0.0))
         assert [output.finish_reason for output in engine.step().outputs] == ["error"]
