@@ -150,6 +150,35 @@ def check_odd_values() -> None:
     assert run(tied, [SamplingParams(temperature=0.0)], torch.tensor([0])).tolist() == [40]
 
 
+def state_of(numerator: int) -> int:
+    """The state whose uniform at position 0 is `numerator` · 2^-53: SplitMix64 the other way round."""
+
+    def unshift(z: int, shift: int) -> int:
+        undone = z
+        for _ in range(64 // shift):
+            undone = z ^ (undone >> shift)
+        return undone
+
+    z = unshift(numerator << 11, 31)
+    for multiplier, shift in ((0x94D049BB133111EB, 27), (0xBF58476D1CE4E5B9, 30)):
+        z = unshift(z * pow(multiplier, -1, 2**64) % 2**64, shift)
+    return (z - 0x9E3779B97F4A7C15 + 2**63) % 2**64 - 2**63
+
+
+def check_ends() -> None:
+    """The least and the largest uniform draw the first and the last id that can be drawn, wherever in a tile it is."""
+    size, positions, out = 1_000, torch.tensor([0]), torch.zeros(1, dtype=torch.int64)
+    for first, last in ((0, 999), (3, 990), (127, 128), (128, 128), (500, 895)):
+        logits = torch.full((1, size), -torch.inf)
+        logits[0, first : last + 1] = 2.0
+        for numerator, expected in ((0, first), (2**53 - 1, last)):
+            rows = RowParameters.build([SamplingParams()], size, "cpu")
+            rows.states.fill_(state_of(numerator))
+            assert float(uniforms(rows.states, positions)) == numerator * 2.0**-53
+            sample_rows(logits, size, rows, positions, torch.full((1, size), torch.nan), out)
+            assert int(out) == expected, (first, last, numerator, out)
+
+
 def check_frequencies(logits: Tensor, params: SamplingParams, count: int) -> None:
     kinds = [SamplingParams(params.max_tokens, 0, params.temperature, params.top_k, params.top_p, params.min_p, seed=s)
              for s in range(count)]  # fmt: skip
@@ -213,6 +242,7 @@ def main(times: int) -> None:
     check_draws(4_500, 4 * times)
     triton_sampling.TILE = SMALL_TILE
     check_odd_values()
+    check_ends()
     check_draws(5, 40 * times)
     check_draws(65, 150 * times, padding=3)
     check_draws(SMALL_TILE, 40 * times)
