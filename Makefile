@@ -47,7 +47,7 @@ format: install ## let ruff mend what it can
 bench: install ## Quill beside its peers, on this machine
 	$(PY) -m benchmarks $(ARGS)
 
-bench-gpu: install ## attention backends and the engine on a CUDA device
+bench-gpu: install ## everything about CUDA in ten minutes: is it right, how fast, which goals are met
 	$(PY) -m benchmarks.gpu $(ARGS)
 
 bench-scaling: install ## a step's time against batch, context and queue, as tables and a plot
