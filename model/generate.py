@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.dense_cache import DenseKVCache
-from model.errors import QuillError
+from model.errors import CheckpointError, QuillError
 from model.paged_attention import PagedBatch
 from model.sampling import Sampler, SamplerOutput, SamplingRow
 from model.sampling_params import SamplingParams
@@ -157,7 +157,7 @@ def _tokens(
             logits = model.compute_logits(model(input_ids, cache)[:, -1])
             output = sampler.sample(logits, batch, torch.tensor([position], device=model.device))
             batch.record(output.token_ids)
-        token_id = int(output.token_ids[0])
+        token_id = drawn_id(int(output.token_ids[0]))
         pending = [token_id]
         sequence.append(token_id)
         finish_reason = finish_reason_of(token_id in ends, position + 1 == limit)
@@ -169,6 +169,13 @@ def _tokens(
 def end_ids(params: SamplingParams, eos_token_ids: Sequence[int]) -> set[int]:
     """The ids that end a sequence with these parameters."""
     return {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
+
+
+def drawn_id(token_id: int) -> int:
+    """A sampler's token. Raises CheckpointError for -1, which says that no number came out of the model."""
+    if token_id < 0:
+        raise CheckpointError("the model's logits are not numbers: its weights are damaged, or need dtype float32")
+    return token_id
 
 
 def finish_reason_of(ended: bool, is_last: bool) -> FinishReason | None:

@@ -20,6 +20,7 @@ from model.generate import (
     GeneratedToken,
     GenerationOutput,
     check_prompt,
+    drawn_id,
     end_ids,
     finish_reason_of,
     token_logprobs,
@@ -118,7 +119,7 @@ class BatchGenerator:
             batch.record(output.token_ids)
         tokens = []
         for row, (sequence, token_id) in enumerate(zip(self._running, output.token_ids.tolist(), strict=True)):
-            sequence.output.append(token_id)
+            sequence.output.append(drawn_id(token_id))
             reason = finish_reason_of(token_id in sequence.ends, len(sequence.output) == sequence.limit)
             logprobs = token_logprobs(output, row, sequence.params)
             tokens.append(BatchToken(sequence.index, GeneratedToken(token_id, logprobs, reason)))

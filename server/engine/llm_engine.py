@@ -15,6 +15,7 @@ from model.errors import ConfigError
 from model.manifest import read_manifest, weights_digest
 from server.engine.block_manager import BlockManager
 from server.engine.config import EngineConfig
+from server.engine.counters import Counters
 from server.engine.grammar_queue import GrammarQueue
 from server.engine.invariance import InvarianceCheck
 from server.engine.launched_step import LaunchedStep, RunOutput
@@ -34,7 +35,7 @@ from server.engine.messages import (
 from server.engine.model_runner import ModelRunner
 from server.engine.outputs import finished_output, logprobs_by_request, make_output, trace_step
 from server.engine.runners import Runners, load_runners
-from server.engine.scheduler import Counters, ScheduledBatch, Scheduler
+from server.engine.scheduler import ScheduledBatch, Scheduler
 from server.engine.self_check import require_no_failure, run_self_check
 from server.engine.sequence import InvalidSequenceError, Sequence
 

@@ -12,10 +12,10 @@ import collections
 import heapq
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from model.errors import QuillError
 from server.engine.block_manager import BlockManager
+from server.engine.counters import Counters, GenerationLimits
 from server.engine.fair_queue import FairQueue
 from server.engine.scheduled_batch import ScheduledBatch as ScheduledBatch
 from server.engine.scheduled_batch import is_decode, make_batch, schedule_prefill
@@ -27,30 +27,6 @@ SequenceUpdate = tuple[Sequence, list[int], bool]
 
 class SchedulerConfigError(QuillError):
     """Limits with which some sequence could never be served."""
-
-
-@dataclass(slots=True)
-class Counters:
-    """What the sequences of one set of weights have done since the start."""
-
-    num_preemptions: int = 0
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    num_drafts: int = 0
-    num_draft_tokens: int = 0
-    num_accepted_tokens: int = 0
-
-    def add(self, other: Counters) -> None:
-        for name in self.__slots__:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationLimits:
-    """What one set of weights allows: see Scheduler."""
-
-    max_model_len: int
-    max_draft_rows: int
 
 
 class Scheduler:

@@ -13,7 +13,9 @@ from torch import Tensor
 from model.checkpoint import load_model
 from model.config import gpt2_config
 from model.dense_cache import DenseKVCache
+from model.errors import CheckpointError
 from model.generate import GeneratedToken, PromptError, generate, stream_generate
+from model.sampling import Sampler, SamplerOutput
 from model.sampling_params import SamplingParams
 
 CONFIG = gpt2_config(1, 2, 8, vocab_size=12, max_seq_len=16)
@@ -54,6 +56,12 @@ def test_without_cache_the_whole_sequence_is_fed_each_step() -> None:
     model = Counter()
     assert generate(model, [0, 1], GREEDY, use_cache=False).token_ids == [2, 3, 4, 5, 6, 7]
     assert model.fed == [2, 3, 4, 5, 6, 7]
+
+
+def test_logits_that_are_no_numbers_are_an_error_where_the_sampler_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Sampler, "sample", lambda *args: SamplerOutput(torch.tensor([-1])))
+    with pytest.raises(CheckpointError, match="logits are not numbers"):
+        generate(Counter(), [0, 1], GREEDY)
 
 
 def test_eos_of_the_config_stops_and_is_among_the_tokens() -> None:
