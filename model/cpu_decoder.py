@@ -33,6 +33,9 @@ _INPUTS_PER_STEP = (1, 2, 4)  # what fits into 32 bits
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
 _HUGE_PAGE = 2 << 20
 _NO_MEMORY = -1
+_COMPACT_HEADER = 128
+# Unpacking takes time too.
+_WORTH_COMPACTING = 0.95
 
 
 class CPUDecoder:
@@ -56,8 +59,10 @@ class CPUDecoder:
         self._alive: list[object] = []  # what the structures point to
         self._decoder = Decoder()
         self._workspace: list[Tensor] = []
+        self._slots: Tensor | None = None  # where weights are packed before they are brought together
         self._describe()
         self._take_weights(model)
+        self._slots = None
         self.reserve(max_rows)
 
     @staticmethod
@@ -215,13 +220,11 @@ class CPUDecoder:
         panels = order.numel() // PANEL
         steps = -(-columns // _INPUTS_PER_STEP[self._weights])
         groups = -(-columns // GROUP)
-        packed = _huge(panels * steps * PANEL)
         scales = torch.zeros(panels * groups * PANEL) if self._weights == _INT8 else None
         source = weight.contiguous()
         call = Packing(
             source=source.data_ptr(),
             order=order.data_ptr(),
-            packed=packed.data_ptr(),
             scales=None if scales is None else scales.data_ptr(),
             columns=columns,
             panels=panels,
@@ -231,15 +234,45 @@ class CPUDecoder:
             is_bfloat16=weight.dtype == torch.bfloat16,
             num_threads=torch.get_num_threads(),
         )
-        self._library.quill_pack(ctypes.byref(call))
+        packed, starts = self._lay_out(call)
         return Matrix(
             weights=self._keep(packed),
+            starts=None if starts is None else self._keep(starts),
             scales=None if scales is None else self._keep(scales),
             bias=None if bias is None else self._keep(_reorder(bias.detach().float(), order)),
             panels=panels,
             steps=steps,
             groups=groups,
         )
+
+    def _lay_out(self, call: Packing) -> tuple[Tensor, Tensor | None]:
+        """The packed weights, and with compact ones where each panel begins, in bytes."""
+        if self._weights == _WEIGHTS[torch.bfloat16] and self._library.quill_reads_compact():
+            compact = self._lay_out_compact(call)
+            if compact is not None:
+                return compact
+        packed = _huge(call.panels * call.steps * PANEL)
+        call.packed, call.sizes = packed.data_ptr(), None
+        self._library.quill_pack(ctypes.byref(call))
+        return packed, None
+
+    def _lay_out_compact(self, call: Packing) -> tuple[Tensor, Tensor] | None:
+        """None where that saves next to nothing."""
+        plain = call.steps * PANEL * 4
+        call.stride = plain + _COMPACT_HEADER
+        words = call.panels * call.stride // 4
+        if self._slots is None or self._slots.numel() < words:
+            self._slots = None
+            self._slots = _huge(words)
+        sizes = torch.empty(call.panels, dtype=torch.int64)
+        call.packed, call.sizes = self._slots.data_ptr(), sizes.data_ptr()
+        self._library.quill_pack(ctypes.byref(call))
+        if bool((sizes < 0).any()) or int(sizes.sum()) > _WORTH_COMPACTING * plain * call.panels:
+            return None
+        starts = nn.functional.pad(sizes.cumsum(0), (1, 0))
+        packed = _huge(int(starts[-1]) // 4)
+        self._library.quill_gather(call.packed, call.stride, starts.data_ptr(), call.panels, packed.data_ptr())
+        return packed, starts
 
     def _norm(self, norm: nn.Module) -> Norm:
         assert isinstance(norm, (LayerNorm, RMSNorm))

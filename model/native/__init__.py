@@ -82,6 +82,12 @@ def _declare_decoder(library: ctypes.CDLL) -> None:
     library.quill_tile_rows.restype = ctypes.c_int
     library.quill_pack.argtypes = [ctypes.c_void_p]
     library.quill_pack.restype = None
+    library.quill_gather.argtypes = [
+        ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p
+    ]  # fmt: skip
+    library.quill_gather.restype = None
+    library.quill_reads_compact.argtypes = []
+    library.quill_reads_compact.restype = ctypes.c_int
     library.quill_huge_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     library.quill_huge_pages.restype = None
     for which, structure in enumerate(STRUCTURES):

@@ -12,7 +12,7 @@
 #include <sched.h>
 #endif
 
-#include "decoder_types.h"
+#include "compact.h"
 #include "paged_step.h"
 
 #define SPINS 2000 /* looks at a barrier before the core is left to others: about the time that waking up takes */
@@ -24,8 +24,13 @@ typedef struct {
     attention_step attention;
     attention_plan plan;
     atomic_llong next; /* the next unit of the phase under way */
-    atomic_int arrived, phase, sleeping, failed;
+    atomic_int joined, arrived, phase, sleeping, failed;
 } job;
+
+/* One of the threads of a job: how many there are, and its place among them. */
+typedef struct {
+    int threads, place;
+} seat;
 
 #ifdef __linux__
 static void sleep_until_changed(atomic_int *value, int old) { syscall(SYS_futex, value, FUTEX_WAIT_PRIVATE, old, 0, 0, 0); }
@@ -37,9 +42,9 @@ static void wake_all(atomic_int *value) { (void)value; }
 
 /* Wait until every thread has finished the phase; then units are counted from 0 again. A thread that waits for one whose
  * core is taken goes to sleep, so that it does not take the core of a third. */
-static void finish_phase(job *j, int threads) {
+static void finish_phase(job *j, seat s) {
     const int phase = atomic_load(&j->phase);
-    if (atomic_fetch_add(&j->arrived, 1) == threads - 1) {
+    if (atomic_fetch_add(&j->arrived, 1) == s.threads - 1) {
         atomic_store(&j->arrived, 0);
         atomic_store(&j->next, 0);
         atomic_store(&j->phase, phase + 1);
@@ -61,26 +66,93 @@ static void finish_phase(job *j, int threads) {
     for (int64_t unit = atomic_fetch_add(&j->next, 1), last_unit = (units); unit < last_unit; \
          unit = atomic_fetch_add(&j->next, 1))
 
-/* Units are panels, or a panel's share of the rows where panels are few for the threads. */
-static void multiply(job *j, int threads, const product *p) {
+/* A panel of a product, as the kernels are to read it: compact, or `panel` of `plain`. */
+typedef struct {
+    int is_compact;
+    compact_panel compact;
+    uint32_t *unpacked;
+    int64_t panel;
+    product plain;
+    matrix alone;
+} panel_source;
+
+/* From now on the panel is read from `words`, laid out as matmul.h wants it. */
+static void read_plain(panel_source *s, const void *words) {
+    s->is_compact = 0;
+    s->alone = (matrix){.weights = words, .panels = 1, .steps = s->plain.matrix->steps};
+    s->plain.matrix = &s->alone;
+    s->panel = 0;
+}
+
+/* Compact weights are unpacked where there is more than one tile, and where no kernel reads them. Returns -1 when memory
+ * ran out. */
+static int open_panel(panel_source *s, const tile_kernel *kernel, const product *p, int64_t panel, int64_t tiles) {
+    const matrix *m = p->matrix;
+    *s = (panel_source){.panel = panel, .plain = *p};
+    if (!m->starts) return 0;
+    s->compact = read_panel(m, panel);
+    if (s->compact.count < 0) {
+        read_plain(s, s->compact.groups);
+        return 0;
+    }
+    s->is_compact = 1;
+    if (kernel->multiply_compact && tiles == 1) return 0;
+    s->unpacked = quill_arena(sizeof(uint32_t) * (size_t)(m->steps * PANEL));
+    if (!s->unpacked) return -1;
+    if (!kernel->multiply_compact) {
+        unpack_panel(&s->compact, s->unpacked);
+        read_plain(s, s->unpacked);
+    }
+    return 0;
+}
+
+static void multiply_rows(panel_source *s, const tile_kernel *kernel, const product *p, int64_t first, int count,
+                          float *sums, coming next) {
+    if (s->is_compact) {
+        kernel->multiply_compact(p, &s->compact, first, count, sums, s->unpacked, next);
+        if (s->unpacked) read_plain(s, s->unpacked);
+    } else {
+        kernel->multiply_tile(&s->plain, s->panel, first, count, sums, next);
+    }
+    if (p->matrix->starts) add_strays(p, &s->compact, first, count, sums);
+}
+
+/* The panel that a thread begins with in a product; null where it has none. */
+static const char *first_panel(const matrix *m, seat s) {
+    return m && s.place < m->panels ? panel_at(m, s.place) : 0;
+}
+
+/* Units are panels, or a panel's share of the rows where panels are few for the threads. A thread takes its next unit
+ * before it computes one, so that the last of a panel's loads can be followed by the first of the next one's: also
+ * across phases, while threads wait for each other or do what needs no weights. */
+static void multiply(job *j, seat s, const product *p) {
     const tile_kernel *kernel = &quill_tile_kernels[j->model->weights];
     const row_kernels *rows = &quill_row_kernels[j->model->weights];
+    panel_source source;
     const int64_t panels = p->matrix->panels, most = kernel->most_rows;
-    const int64_t share = panels < 8 * (int64_t)threads && p->rows > 4 * most ? 4 * most : p->rows;
-    const int64_t shares = share ? (p->rows + share - 1) / share : 0;
+    const int64_t share = panels < 8 * (int64_t)s.threads && p->rows > 4 * most ? 4 * most : p->rows;
+    const int64_t shares = share ? (p->rows + share - 1) / share : 0, units = panels * shares;
     float sums[MAX_TILE_ROWS * PANEL] __attribute__((aligned(64)));
-    FOR_EACH(unit, panels * shares) {
+    for (int64_t unit = s.place, later; unit < units; unit = later) {
         const int64_t panel = unit / shares, begin = unit % shares * share;
+        later = s.threads + atomic_fetch_add(&j->next, 1);
+        coming next = {later < units ? panel_at(p->matrix, later / shares) : first_panel(p->next, s), 0};
         const int64_t left = p->rows - begin, here = left < share ? left : share;
         /* Tiles of nearly equal height: a low one costs almost as much as a full one. */
         const int64_t tiles = (here + most - 1) / most;
+        if (open_panel(&source, kernel, p, panel, tiles) != 0) {
+            atomic_store(&j->failed, 1);
+            continue;
+        }
         for (int64_t tile = 0; tile < tiles; tile++) {
             const int64_t first = begin + here * tile / tiles, end = begin + here * (tile + 1) / tiles;
-            kernel->multiply_tile(p, panel, first, (int)(end - first), sums);
-            rows->finish_tile(p, panel, first, (int)(end - first), sums);
+            const int count = (int)(end - first);
+            multiply_rows(&source, kernel, p, first, count, sums, next);
+            next.is_resident = 1;
+            rows->finish_tile(p, panel, first, count, sums);
         }
     }
-    finish_phase(j, threads);
+    finish_phase(j, s);
 }
 
 static inline size_t element_size(const decoder *m) { return m->weights == FLOAT32 ? 4 : 2; }
@@ -103,16 +175,16 @@ static void quantise(const decoder *m, const matrix *w, const void *input, int64
 }
 
 /* A product's rows in bytes, as a phase of its own; nothing unless weights have eight bits. */
-static void quantise_all(job *j, int threads, const matrix *w, const void *input, int64_t stride, int64_t n,
+static void quantise_all(job *j, seat s, const matrix *w, const void *input, int64_t stride, int64_t n,
                          int64_t rows) {
     const decoder *m = j->model;
     if (m->weights != INT8) return;
     FOR_EACH(row, rows) quantise(m, w, input, stride, n, row);
-    finish_phase(j, threads);
+    finish_phase(j, s);
 }
 
 /* m->input = what the product `w` reads of x: normalised, or as it is where norms come after. */
-static void prepare(job *j, int threads, const norm *weights, const matrix *w, int64_t rows) {
+static void prepare(job *j, seat s, const norm *weights, const matrix *w, int64_t rows) {
     const decoder *m = j->model;
     const row_kernels *kernels = &quill_row_kernels[m->weights];
     FOR_EACH(row, rows) {
@@ -130,31 +202,31 @@ static void prepare(job *j, int threads, const norm *weights, const matrix *w, i
         kernels->narrow_row(x, out, m->hidden_stride);
         if (m->weights == INT8) quantise(m, w, m->input, m->hidden_stride, m->hidden_size, row);
     }
-    finish_phase(j, threads);
+    finish_phase(j, s);
 }
 
-static void normalise_in_place(job *j, int threads, const norm *weights, int64_t rows) {
+static void normalise_in_place(job *j, seat s, const norm *weights, int64_t rows) {
     const decoder *m = j->model;
     FOR_EACH(row, rows) {
         float *x = m->x + row * m->hidden_stride;
         quill_row_kernels[m->weights].normalise(m, weights, x, x);
     }
-    finish_phase(j, threads);
+    finish_phase(j, s);
 }
 
-static void attend(job *j, int threads, const layer *l) {
+static void attend(job *j, seat s, const layer *l) {
     attention_step step = j->attention;
     step.key_cache = l->key_cache;
     step.value_cache = l->value_cache;
     const int passes[2] = {j->plan.needs_two_passes ? STORE : STORE_AND_ATTEND, ATTEND};
     for (int i = 0; i <= j->plan.needs_two_passes; i++) {
         if (quill_attention_pass(&step, &j->plan, passes[i], &j->next) != 0) atomic_store(&j->failed, 1);
-        finish_phase(j, threads);
+        finish_phase(j, s);
     }
 }
 
 /* Move the wanted rows of x and of the attention's results to the front; the others need nothing further. */
-static void keep_wanted(job *j, int threads) {
+static void keep_wanted(job *j, seat s) {
     const decoder *m = j->model;
     const decoder_step *p = j->step;
     FOR_EACH(unit, 1) {
@@ -166,77 +238,83 @@ static void keep_wanted(job *j, int threads) {
             memcpy((char *)m->attended + i * narrow, (char *)m->attended + p->rows[i] * narrow, narrow);
         }
     }
-    finish_phase(j, threads);
+    finish_phase(j, s);
 }
 
-static void run_layer(job *j, int threads, const layer *l, int is_last) {
+static void run_layer(job *j, seat s, const layer *l, int is_last) {
     const decoder *m = j->model;
     const decoder_step *p = j->step;
     int64_t rows = p->num_tokens;
-    prepare(j, threads, m->is_norm_first ? &l->attn_norm : 0, &l->qkv, rows);
+    prepare(j, s, m->is_norm_first ? &l->attn_norm : 0, &l->qkv, rows);
     product q = make_product(m, &l->qkv, m->input, m->hidden_stride, rows);
     q.output = m->qkv;
     q.output_stride = m->qkv_stride;
-    multiply(j, threads, &q);
+    q.next = &l->o;
+    multiply(j, s, &q);
     if (m->cosine || l->q_norm) {
         FOR_EACH(row, rows) quill_row_kernels[m->weights].turn_row(m, l, p, row);
-        finish_phase(j, threads);
+        finish_phase(j, s);
     }
-    attend(j, threads, l);
+    attend(j, s, l);
     if (is_last) {
         rows = p->num_rows;
-        if (rows < p->num_tokens) keep_wanted(j, threads);
+        if (rows < p->num_tokens) keep_wanted(j, s);
     }
-    quantise_all(j, threads, &l->o, m->attended, m->q_size, m->q_size, rows);
+    quantise_all(j, s, &l->o, m->attended, m->q_size, m->q_size, rows);
     product o = make_product(m, &l->o, m->attended, m->q_size, rows);
     o.output = m->x;
     o.output_stride = m->hidden_stride;
     o.result = ADDED;
-    multiply(j, threads, &o);
-    if (!m->is_norm_first) normalise_in_place(j, threads, &l->attn_norm, rows);
+    o.next = &l->up;
+    multiply(j, s, &o);
+    if (!m->is_norm_first) normalise_in_place(j, s, &l->attn_norm, rows);
 
-    prepare(j, threads, m->is_norm_first ? &l->mlp_norm : 0, &l->up, rows);
+    prepare(j, s, m->is_norm_first ? &l->mlp_norm : 0, &l->up, rows);
     product up = make_product(m, &l->up, m->input, m->hidden_stride, rows);
     up.output = m->inner;
     up.output_stride = m->inner_stride;
     up.activation = m->activation;
     up.is_gated = m->is_gated;
-    multiply(j, threads, &up);
+    up.next = &l->down;
+    multiply(j, s, &up);
     const int64_t inner = l->down.steps * pair_of(m->weights);
-    quantise_all(j, threads, &l->down, m->inner, m->inner_stride, inner, rows);
+    quantise_all(j, s, &l->down, m->inner, m->inner_stride, inner, rows);
     product down = make_product(m, &l->down, m->inner, m->inner_stride, rows);
     down.output = m->x;
     down.output_stride = m->hidden_stride;
     down.result = ADDED;
-    multiply(j, threads, &down);
-    if (!m->is_norm_first) normalise_in_place(j, threads, &l->mlp_norm, rows);
+    down.next = is_last ? &m->head : &l[1].qkv;
+    multiply(j, s, &down);
+    if (!m->is_norm_first) normalise_in_place(j, s, &l->mlp_norm, rows);
 }
 
-static int team_size(void) { return quill_team_size ? quill_team_size() : 1; }
+static seat take_seat(job *j) {
+    return (seat){quill_team_size ? quill_team_size() : 1, atomic_fetch_add(&j->joined, 1)};
+}
 
 static void run_step(void *data) {
     job *j = data;
     const decoder *m = j->model;
     const decoder_step *p = j->step;
-    const int threads = team_size();
+    const seat s = take_seat(j);
     const row_kernels *kernels = &quill_row_kernels[m->weights];
     FOR_EACH(row, p->num_tokens) kernels->embed_row(m, p, row);
-    finish_phase(j, threads);
-    for (int64_t i = 0; i < m->num_layers; i++) run_layer(j, threads, &m->layers[i], i == m->num_layers - 1);
+    finish_phase(j, s);
+    for (int64_t i = 0; i < m->num_layers; i++) run_layer(j, s, &m->layers[i], i == m->num_layers - 1);
     FOR_EACH(row, p->num_rows) {
         float *x = m->x + row * m->hidden_stride;
         if (m->final_norm.scale) kernels->normalise(m, &m->final_norm, x, x);
         kernels->narrow_row(x, (char *)p->output + row * m->hidden_stride * (int64_t)element_size(m), m->hidden_stride);
     }
-    finish_phase(j, threads);
+    finish_phase(j, s);
 }
 
 static void run_logits(void *data) {
     job *j = data;
-    const int threads = team_size();
-    quantise_all(j, threads, &j->model->head, j->step->output, j->model->hidden_stride, j->model->hidden_size,
+    const seat s = take_seat(j);
+    quantise_all(j, s, &j->model->head, j->step->output, j->model->hidden_stride, j->model->hidden_size,
                  j->step->num_rows);
-    multiply(j, threads, j->alone);
+    multiply(j, s, j->alone);
 }
 
 static int run(job *j, void (*work)(void *), int num_threads) {

@@ -1,16 +1,33 @@
 /* The decoder's kernels for every type of weights and every instruction set. */
 
-#include "decoder_types.h"
+#include "compact.h"
+
+/* The first n weights of a compact panel's feature `lane`. */
+static void unpack_compact_row(const compact_panel *p, int64_t lane, float *out, int64_t n) {
+    const int half = (int)(lane / TILE), place = (int)(lane % TILE * 2);
+    for (int64_t i = 0; i < n; i++)
+        out[i] = bf16_at(compact_weight(p, i / 4, (int)(i / 2 % 2 * 2 + half), place + (int)(i % 2)), 0);
+    for (int64_t i = 0; i < p->count; i++)
+        if (p->strays[i].place % PANEL == lane) out[p->strays[i].place / PANEL] = p->strays[i].weight;
+}
 
 /* One output feature's weights as floats; the padding up to a whole panel becomes zero. */
 static void unpack_row(const matrix *m, int weights, int64_t feature, float *out, int64_t n) {
     const int64_t pair = pair_of(weights), panel = feature / PANEL;
     const uint32_t *at = (const uint32_t *)m->weights + panel * m->steps * PANEL + feature % PANEL;
+    if (m->starts) {
+        const compact_panel p = read_panel(m, panel);
+        if (p.count >= 0) {
+            unpack_compact_row(&p, feature % PANEL, out, n);
+            for (int64_t i = n; i % PANEL; i++) out[i] = 0;
+            return;
+        }
+        at = (const uint32_t *)p.groups + feature % PANEL;
+    }
     for (int64_t i = 0; i < (n + PANEL - 1) / PANEL * PANEL; i++) {
         const uint32_t word = i < n ? at[i / pair * PANEL] : 0;
-        const union { uint32_t u; float f; } value = {
-            weights == FLOAT32 ? word : i % 2 ? word & 0xffff0000u : word << 16};
-        out[i] = value.f;
+        const union { uint32_t u; float f; } value = {word};
+        out[i] = weights == FLOAT32 ? value.f : bf16_at(word, i % 2);
         if (weights == INT8 && i < n) {
             const float scale = m->scales[(panel * m->groups + i / GROUP) * PANEL + feature % PANEL];
             out[i] = (float)((int)(word >> i % 4 * 8 & 0xff) - 128) * scale;
@@ -83,7 +100,8 @@ static const tile_kernel TILE_VARIANTS[3][3] = {
     {
         {2, multiply_tile_bf16_base},
 #ifdef HAVE_X86_VARIANTS
-        {2, multiply_tile_bf16_avx2}, {12, multiply_tile_bf16_avx512},
+        {2, multiply_tile_bf16_avx2},
+        {12, multiply_tile_bf16_avx512, multiply_compact_avx512},
 #endif
     },
     {
@@ -103,6 +121,9 @@ void quill_choose_decoder(int most) {
         quill_tile_kernels[weights] = TILE_VARIANTS[weights][quill_instruction_set(weights, most)];
     }
 }
+
+/* Whether compact weights are read as they are here. */
+int quill_reads_compact(void) { return quill_tile_kernels[BFLOAT16].multiply_compact != 0; }
 
 /* Rows that share one pass over weights of this type. */
 int quill_tile_rows(int weights) { return quill_tile_kernels[weights].most_rows; }

@@ -13,7 +13,7 @@ def _fields(text: str, kind: type) -> list[tuple[str, type]]:
 class Matrix(ctypes.Structure):
     """`matrix`"""
 
-    _fields_ = [*_fields("weights scales bias", c_void_p), *_fields("panels steps groups", c_int64)]
+    _fields_ = [*_fields("weights starts scales bias", c_void_p), *_fields("panels steps groups", c_int64)]
 
 
 class Norm(ctypes.Structure):
@@ -63,8 +63,8 @@ class Packing(ctypes.Structure):
     """`packing`"""
 
     _fields_ = [
-        *_fields("source order packed scales", c_void_p),
-        *_fields("columns panels steps groups", c_int64),
+        *_fields("source order packed scales sizes", c_void_p),
+        *_fields("columns panels steps groups stride", c_int64),
         *_fields("weights is_bfloat16 num_threads", c_int32),
     ]
 

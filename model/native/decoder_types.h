@@ -14,9 +14,11 @@ typedef int8_t v16b_u __attribute__((vector_size(16), aligned(1), may_alias));
 
 enum { ELEMENTS, ADDED, FLOATS };
 
-/* Packed weights of one product; see matmul.h and matmul_int8.h. `bias` is [panels * 32] or null. */
+/* Packed weights of one product; see matmul.h and matmul_int8.h. `bias` is [panels * 32] or null. With `starts`
+ * [panels], the bytes at which the panels begin, they are as compact.h has them. */
 typedef struct {
     const void *weights;
+    const int64_t *starts;
     const float *scales, *bias;
     int64_t panels, steps, groups;
 } matrix;
@@ -62,8 +64,9 @@ typedef struct {
     int32_t num_threads;
 } decoder_step;
 
+/* `next` is the matrix that is read after this one, or null. */
 typedef struct {
-    const matrix *matrix;
+    const matrix *matrix, *next;
     const void *input;
     int64_t stride; /* of the input, in 32-bit steps */
     const float *row_scales;
@@ -72,6 +75,35 @@ typedef struct {
     int64_t output_stride, rows;
     int result, activation, is_gated;
 } product;
+
+/* Where a panel begins. */
+static inline const char *panel_at(const matrix *m, int64_t panel) {
+    return (const char *)m->weights + (m->starts ? m->starts[panel] : panel * m->steps * PANEL * 4);
+}
+
+/* How far ahead of the weights in use the next ones are asked for, in bytes. */
+#ifndef AHEAD
+#define AHEAD 6144
+#endif
+
+/* What will be read after a panel, or null, and whether the panel itself is in the cache already: what follows is then
+ * asked for from the start, and else towards the panel's end. */
+typedef struct {
+    const char *then;
+    int is_resident;
+} coming;
+
+/* Where to look for weights, for those in use from `begin` to `end`: AHEAD of them, and with `jump` from `end` on. */
+typedef struct {
+    const char *ahead, *end;
+    int64_t jump;
+} lookahead;
+
+static inline lookahead look_ahead(const void *begin, const void *end, coming next) {
+    lookahead look = {(const char *)begin + AHEAD, (const char *)(next.is_resident ? begin : end), -AHEAD};
+    if (next.then) look.jump = next.then - (next.is_resident ? look.ahead : look.end);
+    return look;
+}
 
 static inline int64_t pair_of(int weights) { return weights == FLOAT32 ? 1 : weights == BFLOAT16 ? 2 : 4; }
 
@@ -84,10 +116,30 @@ typedef struct {
     void (*finish_tile)(const product *, int64_t, int64_t, int, const float *);
 } row_kernels;
 
+/* A weight that compact weights leave out: column times PANEL plus its lane, and its value. */
+typedef struct {
+    int32_t place;
+    float weight;
+} stray;
+
+/* A panel of compact weights; see compact.h. */
+typedef struct {
+    const uint16_t *exponents;
+    const stray *strays;
+    const uint8_t *groups; /* where `count` is negative, the panel as matmul.h has it */
+    int64_t count, num_groups;
+} compact_panel;
+
+/* `multiply_compact` multiplies with compact weights as they are, and unpacks them by the way for further tiles; null where
+ * no kernel reads them. */
 typedef struct {
     int most_rows;
-    void (*multiply_tile)(const product *, int64_t, int64_t, int, float *);
+    void (*multiply_tile)(const product *, int64_t, int64_t, int, float *, coming);
+    void (*multiply_compact)(const product *, const compact_panel *, int64_t, int, float *, uint32_t *, coming);
 } tile_kernel;
+
+/* See compact.c. */
+SHARED int64_t quill_write_compact(const uint32_t *panel, int64_t steps, uint8_t *out);
 
 /* The kernels in use, by the weights' type. */
 SHARED extern row_kernels quill_row_kernels[3];

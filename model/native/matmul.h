@@ -11,20 +11,19 @@
 #define MOST_ROWS 2
 #endif
 
-/* How far ahead of the weights in use the next ones are asked for, in bytes. */
-#define AHEAD 4096
-
 #define EACH_ROW(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
 
 static inline __attribute__((always_inline)) void NAME(multiply)(const int ROWS, const uint32_t *weights,
                                                                  const uint32_t *rows, int64_t stride, int64_t steps,
-                                                                 float *sums) {
+                                                                 float *sums, coming next) {
 #define DECLARE(r) v16f low##r = {0}, high##r = {0};
     EACH_ROW(DECLARE)
-    for (int64_t step = 0; step < steps; step++, weights += PANEL) {
+    lookahead look = look_ahead(weights, weights + steps * PANEL, next);
+    for (int64_t step = 0; step < steps; step++, weights += PANEL, look.ahead += 128) {
         const v16u low = *(const v16u *)weights, high = *(const v16u *)(weights + TILE);
-        __builtin_prefetch((const char *)weights + AHEAD, 0, 2);
-        __builtin_prefetch((const char *)(weights + TILE) + AHEAD, 0, 2);
+        const char *wanted = look.ahead < look.end ? look.ahead : look.ahead + look.jump;
+        __builtin_prefetch(wanted, 0, 2);
+        __builtin_prefetch(wanted + 64, 0, 2);
 #define MULTIPLY(r)                                    \
     if (r < ROWS) {                                    \
         const uint32_t x = rows[r * stride + step];    \
@@ -45,11 +44,12 @@ static inline __attribute__((always_inline)) void NAME(multiply)(const int ROWS,
 }
 
 /* sums[row][32] of `count` rows from `first` on, for one panel. */
-static void NAME(multiply_tile)(const product *p, int64_t panel, int64_t first, int count, float *sums) {
+static void NAME(multiply_tile)(const product *p, int64_t panel, int64_t first, int count, float *sums,
+                                coming next) {
     const uint32_t *weights = (const uint32_t *)p->matrix->weights + panel * p->matrix->steps * PANEL;
     const uint32_t *rows = (const uint32_t *)p->input + first * p->stride;
     const int64_t stride = p->stride, steps = p->matrix->steps;
-#define CASE(n) case n: NAME(multiply)(n, weights, rows, stride, steps, sums); break;
+#define CASE(n) case n: NAME(multiply)(n, weights, rows, stride, steps, sums, next); break;
     switch (count) {
         CASE(1)
         CASE(2)
@@ -61,4 +61,3 @@ static void NAME(multiply_tile)(const product *p, int64_t panel, int64_t first, 
 }
 #undef EACH_ROW
 #undef MOST_ROWS
-#undef AHEAD

@@ -12,15 +12,17 @@ static inline __attribute__((always_inline)) void NAME(multiply_group)(const int
                                                                        const uint32_t *rows, int64_t stride,
                                                                        int64_t steps, const int32_t *starts,
                                                                        const float *row_scales, int64_t groups,
-                                                                       const float *scales, float *sums) {
+                                                                       const float *scales, float *sums,
+                                                                       lookahead look) {
 #define DECLARE(r) v16i low##r = {0}, high##r = {0};
     EACH_ROW(DECLARE)
 #define START(r) if (r < ROWS) low##r = high##r = (v16i){0} + starts[r * groups];
     EACH_ROW(START)
-    for (int64_t step = 0; step < steps; step++, weights += PANEL) {
+    for (int64_t step = 0; step < steps; step++, weights += PANEL, look.ahead += 128) {
         const v16u low = *(const v16u *)weights, high = *(const v16u *)(weights + TILE);
-        __builtin_prefetch((const char *)weights + 4096, 0, 2);
-        __builtin_prefetch((const char *)(weights + TILE) + 4096, 0, 2);
+        const char *wanted = look.ahead < look.end ? look.ahead : look.ahead + look.jump;
+        __builtin_prefetch(wanted, 0, 2);
+        __builtin_prefetch(wanted + 64, 0, 2);
 #define MULTIPLY(r)                                    \
     if (r < ROWS) {                                    \
         const uint32_t x = rows[r * stride + step];    \
@@ -44,19 +46,24 @@ static inline __attribute__((always_inline)) void NAME(multiply_group)(const int
 }
 
 /* sums[row][32] of `count` rows from `first` on, for one panel. */
-static void NAME(multiply_tile)(const product *p, int64_t panel, int64_t first, int count, float *sums) {
+static void NAME(multiply_tile)(const product *p, int64_t panel, int64_t first, int count, float *sums,
+                                coming next) {
     const matrix *m = p->matrix;
+    const char *begin = panel_at(m, panel);
+    lookahead look = look_ahead(begin, begin + m->steps * PANEL * 4, next);
     const int64_t groups = m->groups, stride = p->stride;
     memset(sums, 0, sizeof(float) * PANEL * count);
     for (int64_t group = 0; group < groups; group++) {
         const int64_t from = group * (GROUP / 4), left = m->steps - from;
         const int64_t steps = left < GROUP / 4 ? left : GROUP / 4;
-        const uint32_t *weights = (const uint32_t *)m->weights + (panel * m->steps + from) * PANEL;
+        const uint32_t *weights = (const uint32_t *)begin + from * PANEL;
+        look.ahead = (const char *)weights + AHEAD;
         const uint32_t *rows = (const uint32_t *)p->input + first * stride + from;
         const int32_t *starts = p->row_starts + first * groups + group;
         const float *row_scales = p->row_scales + first * groups + group;
         const float *scales = m->scales + (panel * groups + group) * PANEL;
-#define CASE(n) case n: NAME(multiply_group)(n, weights, rows, stride, steps, starts, row_scales, groups, scales, sums); break;
+#define CASE(n) case n: NAME(multiply_group)(n, weights, rows, stride, steps, starts, row_scales, groups, scales, sums, \
+                                                look); break;
         switch (count) {
             CASE(1)
             CASE(2)

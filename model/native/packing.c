@@ -18,13 +18,15 @@ void quill_huge_pages(void *address, int64_t size) {
 }
 
 /* One weight. `source` is [features][columns] in float32, or bfloat16 if so marked; `order` names, for each packed feature,
- * the source's, or -1 for none. */
+ * the source's, or -1 for none. With `sizes` [panels] each panel is made compact, at multiples of `stride` bytes, and gets
+ * its size there, or -1 when memory ran out. */
 typedef struct {
     const void *source;
     const int64_t *order;
     void *packed;
     float *scales;
-    int64_t columns, panels, steps, groups;
+    int64_t *sizes;
+    int64_t columns, panels, steps, groups, stride;
     int32_t weights, is_bfloat16, num_threads;
 } packing;
 
@@ -74,12 +76,26 @@ static void pack_feature_int8(const packing *p, int64_t panel, int64_t lane) {
     }
 }
 
+static void pack_compact(const packing *p, int64_t panel) {
+    const size_t size = sizeof(uint32_t) * (size_t)(p->steps * PANEL);
+    uint32_t *words = malloc(size); /* the arena is quill_write_compact's */
+    p->sizes[panel] = -1;
+    if (!words) return;
+    for (int64_t lane = 0; lane < PANEL; lane++) pack_feature(p, p->order[panel * PANEL + lane], words + lane);
+    p->sizes[panel] = quill_write_compact(words, p->steps, (uint8_t *)p->packed + panel * p->stride);
+    free(words);
+}
+
 static void pack_panels(void *data) {
     packing_job *job = data;
     const packing *p = job->p;
     for (;;) {
         const int64_t panel = atomic_fetch_add(&job->next, 1);
         if (panel >= p->panels) return;
+        if (p->sizes) {
+            pack_compact(p, panel);
+            continue;
+        }
         for (int64_t lane = 0; lane < PANEL; lane++) {
             if (p->weights == INT8) {
                 pack_feature_int8(p, panel, lane);
@@ -89,6 +105,12 @@ static void pack_panels(void *data) {
             pack_feature(p, p->order[panel * PANEL + lane], out);
         }
     }
+}
+
+/* Bring panels together that begin at multiples of `stride` bytes: panel i to `out + starts[i]`, up to the next start. */
+void quill_gather(const char *panels, int64_t stride, const int64_t *starts, int64_t num_panels, char *out) {
+    for (int64_t i = 0; i < num_panels; i++)
+        memcpy(out + starts[i], panels + i * stride, (size_t)(starts[i + 1] - starts[i]));
 }
 
 /* What the caller's mirrors must measure: the decoder's, a layer's, a step's, a packing's. */
