@@ -90,10 +90,11 @@ class Stopwatch:
 
 WATCHED: dict[str, tuple[type, str]] = {
     "schedule": (Scheduler, "schedule"),
-    "update": (Scheduler, "update"),
+    "advance": (Scheduler, "advance"),
+    "settle": (Scheduler, "settle"),
     "inputs": (InputBuilder, "build"),
 }
-BOOKKEEPING = ("schedule", "update")
+BOOKKEEPING = ("schedule", "advance", "settle")
 
 
 def make_engine(args: argparse.Namespace, streams: int, context: int) -> LLMEngine:

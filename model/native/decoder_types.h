@@ -82,9 +82,7 @@ static inline const char *panel_at(const matrix *m, int64_t panel) {
 }
 
 /* How far ahead of the weights in use the next ones are asked for, in bytes. */
-#ifndef AHEAD
 #define AHEAD 6144
-#endif
 
 /* What will be read after a panel, or null, and whether the panel itself is in the cache already: what follows is then
  * asked for from the start, and else towards the panel's end. */
