@@ -111,7 +111,7 @@ def make_engine(args: argparse.Namespace, streams: int, context: int) -> LLMEngi
             dtype=args.dtype,
             quantization=args.quantization,
             max_num_seqs=streams,
-            max_num_batched_tokens=max(512, streams),
+            max_num_batched_tokens=max(512, 4 * streams),
             kv_cache_memory=blocks * per_block,
             block_size=block_size,
             prefix_caching=False,
@@ -133,7 +133,10 @@ def time_decoding(engine: LLMEngine, streams: int, context: int, steps: int, wai
 
     `waiting` further requests stand in the queue, for which there is no seat.
     """
-    add_streams(engine, streams, max(1, context - steps), 2 * steps + 4)
+    prompt_len = max(1, context - steps)
+    # The first streams decode while the prompts of the last are computed, in what decodes leave of a step.
+    prefill_steps = -(-streams * prompt_len // (engine.runner.limits.max_num_batched_tokens - streams))
+    add_streams(engine, streams, prompt_len, prefill_steps + steps + 4)
     while engine.scheduler.num_waiting or any(not seq.num_output_tokens for seq in engine.scheduler.running):
         engine.step()
     add_streams(engine, waiting, 8, 1, first_id=streams)
