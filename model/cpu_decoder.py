@@ -271,7 +271,9 @@ class CPUDecoder:
             return None
         starts = nn.functional.pad(sizes.cumsum(0), (1, 0))
         packed = _huge(int(starts[-1]) // 4)
-        self._library.quill_gather(call.packed, call.stride, starts.data_ptr(), call.panels, packed.data_ptr())
+        self._library.quill_gather(
+            call.packed, call.stride, starts.data_ptr(), call.panels, packed.data_ptr(), call.num_threads
+        )
         return packed, starts
 
     def _norm(self, norm: nn.Module) -> Norm:

@@ -83,7 +83,7 @@ def _declare_decoder(library: ctypes.CDLL) -> None:
     library.quill_pack.argtypes = [ctypes.c_void_p]
     library.quill_pack.restype = None
     library.quill_gather.argtypes = [
-        ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p
+        ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
     ]  # fmt: skip
     library.quill_gather.restype = None
     library.quill_reads_compact.argtypes = []

@@ -19,32 +19,37 @@ static void choose_exponents(const uint16_t *words, int64_t num_words, uint16_t 
     }
 }
 
-/* The weights of other exponents: their number, or -1 for more than `most`. */
-static int64_t find_strays(const uint16_t *words, int64_t steps, const uint8_t *codes, stray *strays, int64_t most) {
-    int64_t count = 0;
-    for (int64_t step = 0; step < steps; step++, words += 2 * PANEL) {
-        uint8_t missing = 0;
-        for (int i = 0; i < 2 * PANEL; i++) missing |= codes[words[i] >> 7 & 0xff];
-        for (int i = 0; missing & 0x80 && i < 2 * PANEL; i++) {
-            if (codes[words[i] >> 7 & 0xff] != 255) continue;
-            if (count == most) return -1;
-            const int32_t column = (int32_t)(2 * step + i % 2);
-            strays[count++] = (stray){column * PANEL + i / 2, bf16_at(words[i], 0)};
-        }
-    }
-    return count;
-}
-
-static void write_group(const uint16_t *words, const uint8_t *codes, uint8_t *out) {
+/* One group, with zeros for weights of other exponents. Returns whether there are any. */
+static int write_group(const uint16_t *words, const uint8_t *codes, uint8_t *out) {
     uint16_t *places = (uint16_t *)out;
+    uint8_t missing = 0;
     memset(places, 0, 2 * TILE * sizeof(uint16_t));
     for (int k = 0; k < 4; k++)
         for (int i = 0; i < 2 * TILE; i++) {
             const uint16_t word = words[k * 2 * TILE + i];
             const uint8_t code = codes[word >> 7 & 0xff];
-            places[i] |= (uint16_t)((code == 255 ? 0 : code) << 4 * k);
-            out[64 + 32 * k + i] = code == 255 ? 0 : (uint8_t)((word >> 8 & 0x80) | (word & 0x7f));
+            missing |= code;
+            places[i] |= (uint16_t)((code & 15) << 4 * k);
+            out[64 + 32 * k + i] = (uint8_t)((word >> 8 & 0x80) | (word & 0x7f));
         }
+    return missing >= EXPONENTS;
+}
+
+/* Take the weights of other exponents out of a group that was written: their number, or -1 for more than `most`. */
+static int64_t take_strays(const uint16_t *words, int64_t group, const uint8_t *codes, uint8_t *out, stray *strays,
+                           int64_t most) {
+    int64_t count = 0;
+    for (int k = 0; k < 4; k++)
+        for (int i = 0; i < 2 * TILE; i++) {
+            const uint16_t word = words[k * 2 * TILE + i];
+            if (codes[word >> 7 & 0xff] < EXPONENTS) continue;
+            if (count == most) return -1;
+            const int32_t column = (int32_t)(4 * group + k / 2 * 2 + i % 2), lane = k % 2 * TILE + i / 2;
+            strays[count++] = (stray){column * PANEL + lane, bf16_at(word, 0)};
+            ((uint16_t *)out)[i] &= (uint16_t) ~(15 << 4 * k);
+            out[64 + 32 * k + i] = 0;
+        }
+    return count;
 }
 
 /* A panel as it is; returns its bytes. */
@@ -60,18 +65,22 @@ static int64_t write_plain(const uint32_t *panel, int64_t steps, uint8_t *out) {
  * HEADER more than it takes now. */
 int64_t quill_write_compact(const uint32_t *panel, int64_t steps, uint8_t *out) {
     const uint16_t *words = (const uint16_t *)panel;
-    const int64_t num_groups = steps / 2;
-    uint8_t codes[256];
-    uint16_t exponents[2 * EXPONENTS];
-    int32_t *head = (int32_t *)(out + sizeof(exponents));
-    choose_exponents(words, steps * 2 * PANEL, exponents, codes);
     /* A stray costs about as much as it takes to multiply with a step. */
-    const int64_t count = steps % 2 ? -1 : find_strays(words, steps, codes, (stray *)(head + 1), steps / 8);
-    if (count < 0) return write_plain(panel, steps, out);
-    memcpy(out, exponents, sizeof(exponents));
-    *head = (int32_t)count;
-    uint8_t *groups = out + HEADER_BYTES(count);
-    for (int64_t group = 0; group < num_groups; group++)
-        write_group(words + group * 8 * TILE, codes, groups + group * GROUP_BYTES);
-    return groups - out + num_groups * GROUP_BYTES;
+    const int64_t num_groups = steps / 2, most = steps / 8;
+    uint8_t codes[256], *groups = out + HEADER_BYTES(most);
+    int32_t *head = (int32_t *)(out + sizeof(uint16_t) * 2 * EXPONENTS), count = 0;
+    stray *strays = (stray *)(head + 1);
+    if (steps % 2) return write_plain(panel, steps, out);
+    memset(out, 0, HEADER);
+    choose_exponents(words, steps * 2 * PANEL, (uint16_t *)out, codes);
+    for (int64_t group = 0; group < num_groups; group++, words += 8 * TILE) {
+        uint8_t *at = groups + group * GROUP_BYTES;
+        if (!write_group(words, codes, at)) continue;
+        const int64_t found = take_strays(words, group, codes, at, strays + count, most - count);
+        if (found < 0) return write_plain(panel, steps, out);
+        count += (int32_t)found;
+    }
+    *head = count;
+    memmove(out + HEADER_BYTES(count), groups, (size_t)(num_groups * GROUP_BYTES));
+    return HEADER_BYTES(count) + num_groups * GROUP_BYTES;
 }

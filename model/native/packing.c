@@ -107,10 +107,28 @@ static void pack_panels(void *data) {
     }
 }
 
+typedef struct {
+    const char *panels;
+    const int64_t *starts;
+    char *out;
+    int64_t stride, num_panels;
+    atomic_llong next;
+} gathering;
+
+static void gather_panels(void *data) {
+    gathering *g = data;
+    for (int64_t i = atomic_fetch_add(&g->next, 1); i < g->num_panels; i = atomic_fetch_add(&g->next, 1))
+        memcpy(g->out + g->starts[i], g->panels + i * g->stride, (size_t)(g->starts[i + 1] - g->starts[i]));
+}
+
 /* Bring panels together that begin at multiples of `stride` bytes: panel i to `out + starts[i]`, up to the next start. */
-void quill_gather(const char *panels, int64_t stride, const int64_t *starts, int64_t num_panels, char *out) {
-    for (int64_t i = 0; i < num_panels; i++)
-        memcpy(out + starts[i], panels + i * stride, (size_t)(starts[i + 1] - starts[i]));
+void quill_gather(const char *panels, int64_t stride, const int64_t *starts, int64_t num_panels, char *out,
+                  int num_threads) {
+    gathering job = {.panels = panels, .starts = starts, .out = out, .stride = stride, .num_panels = num_panels};
+    if (quill_run_parallel && num_threads > 1)
+        quill_run_parallel(gather_panels, &job, (unsigned)num_threads, 0);
+    else
+        gather_panels(&job);
 }
 
 /* What the caller's mirrors must measure: the decoder's, a layer's, a step's, a packing's. */

@@ -42,6 +42,9 @@ Engine = LLMEngine | ClassificationEngine
 
 # An idle engine still says that it lives this often, in seconds.
 _HEARTBEAT = 0.5
+# So long it has been idle, in seconds, before it checks itself: a request that comes during a step of the check waits
+# for that, and requests often follow each other closely.
+_CHECK_AFTER = 0.25
 # And looks this often whether new weights have been loaded.
 _LOADING_POLL = 0.02
 _encoder = msgspec.msgpack.Encoder()
@@ -93,13 +96,17 @@ def _make_engine(config: EngineConfig) -> Engine:
 
 def _serve(channel: SocketChannel, engine: Engine) -> None:
     """Take what has arrived, run a step, send its output; again. The first idle moments go to the engine's check."""
-    last_sent = time.monotonic()
+    last_sent = last_busy = time.monotonic()
     unchecked = engine if isinstance(engine, LLMEngine) else None
     loader = WeightsLoader(engine) if isinstance(engine, LLMEngine) else None
     while True:
         refused: list[SequenceOutput] = []
         patience = _HEARTBEAT if loader is None or not loader.is_loading else _LOADING_POLL
-        messages = channel.receive(0.0 if engine.has_unfinished or unchecked is not None else patience)
+        if engine.has_unfinished:
+            patience, last_busy = 0.0, time.monotonic()
+        elif unchecked is not None:
+            patience = min(patience, max(0.0, last_busy + _CHECK_AFTER - time.monotonic()))
+        messages = channel.receive(patience)
         for message in messages:
             request = _decoder.decode(message)
             if isinstance(request, Shutdown):
@@ -110,7 +117,7 @@ def _serve(channel: SocketChannel, engine: Engine) -> None:
                 refused += _take(engine, request)
         if loader is not None:
             _send_loaded(channel, engine, loader.finish())
-        if unchecked is not None and _check(channel, unchecked):
+        if unchecked is not None and time.monotonic() >= last_busy + _CHECK_AFTER and _check(channel, unchecked):
             unchecked = None
         if engine.has_unfinished:
             output = engine.step()

@@ -25,7 +25,7 @@ _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 # Decoding on the CPU gains little beyond this many sequences; a step of this many prompt tokens takes about a tenth
 # of a second with a 124M model on two cores, which is what a decoding neighbour waits for it.
 _MAX_NUM_SEQS = {"cpu": 64, "cuda": 256}
-_MAX_BATCHED_TOKENS = {"cpu": 192, "cuda": 8192}
+_MAX_BATCHED_TOKENS = {"cpu": 256, "cuda": 8192}
 
 
 @dataclass(frozen=True, slots=True)

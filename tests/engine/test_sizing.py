@@ -88,7 +88,7 @@ def test_auto_on_a_card_is_a_sixteen_bit_type(
 
 
 def test_a_small_model_gets_room_for_sixty_four_contexts() -> None:
-    assert limits(block_bytes=1000) == EngineLimits(64, 192, 100, 16, 64 * 7)
+    assert limits(block_bytes=1000) == EngineLimits(64, 256, 100, 16, 64 * 7)
     assert limits(context=96).num_blocks == 64 * 6  # a context of whole blocks needs no block more
     assert limits(replace(CONFIG, block_size=48)).num_blocks == 64 * 3
 
@@ -149,6 +149,6 @@ def test_the_least_memory_that_the_refusal_names_is_enough(block_bytes: int) -> 
 
 def test_a_budget_of_tokens_never_falls_below_the_sequences() -> None:
     assert limits(replace(CONFIG, max_num_seqs=2000)).max_num_batched_tokens == 2000
-    assert limits(replace(CONFIG, max_num_seqs=2)).max_num_batched_tokens == 192
+    assert limits(replace(CONFIG, max_num_seqs=2)).max_num_batched_tokens == 256
     stated = limits(replace(CONFIG, max_num_seqs=3, max_num_batched_tokens=77))
     assert (stated.max_num_seqs, stated.max_num_batched_tokens) == (3, 77)
