@@ -100,10 +100,12 @@ def test_checkpoints_take_over_under_load_and_bad_ones_are_rolled_back(
         tried = threading.Event()
         with ThreadPoolExecutor(STREAMS) as pool:
             streams = [pool.submit(keep_asking, server.url, number, tried, pause) for number in range(STREAMS)]
-            wait_until(lambda: server.metric("vllm:num_requests_running") > STREAMS / 2, seconds=PATIENCE)
-            publish(run, second, 10)
-            attempt = wait_attempt(server, "step-2")
-            tried.set()
+            try:
+                wait_until(lambda: server.metric("vllm:generation_tokens_total") > 50 * STREAMS, seconds=PATIENCE)
+                publish(run, second, 10)
+                attempt = wait_attempt(server, "step-2")
+            finally:
+                tried.set()
             answers = [stream.result(PATIENCE) for stream in streams]
         assert (attempt["verdict"], attempt["step"], attempt["weights"]) == ("swapped", 2, new)
         assert attempt["scores"]["candidate"] < attempt["scores"]["live"]
