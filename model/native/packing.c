@@ -78,12 +78,11 @@ static void pack_feature_int8(const packing *p, int64_t panel, int64_t lane) {
 
 static void pack_compact(const packing *p, int64_t panel) {
     const size_t size = sizeof(uint32_t) * (size_t)(p->steps * PANEL);
-    uint32_t *words = malloc(size); /* the arena is quill_write_compact's */
+    uint32_t *words = quill_arena(size);
     p->sizes[panel] = -1;
     if (!words) return;
     for (int64_t lane = 0; lane < PANEL; lane++) pack_feature(p, p->order[panel * PANEL + lane], words + lane);
     p->sizes[panel] = quill_write_compact(words, p->steps, (uint8_t *)p->packed + panel * p->stride);
-    free(words);
 }
 
 static void pack_panels(void *data) {
