@@ -120,6 +120,18 @@ def run_alone(engine: LLMEngine, requests: Iterable[AddRequest]) -> Answers:
     return answers
 
 
+def together(engine: LLMEngine, requests: Iterable[AddRequest]) -> dict[int, list[int]]:
+    """The tokens of requests that are there from the start."""
+    tokens: dict[int, list[int]] = {}
+    for request in requests:
+        tokens[request.request_id] = []
+        engine.add(request)
+    while engine.has_unfinished:
+        for output in engine.step().outputs:
+            tokens[output.request_id] += output.token_ids
+    return tokens
+
+
 def run_under_load(
     engine: LLMEngine, requests: Iterable[AddRequest], seed: int, *, abort_share: float = 0.0, most: int = 1_000_000
 ) -> Answers:

@@ -29,7 +29,7 @@ from server.engine.sequence import Sequence
 from server.engine.step_inputs import DecodeArrays, InputBuilder
 from server.engine.transfer import HostCopy, HostToDevice
 from tests.engine.conftest import VOCAB_SIZE
-from tests.engine.mixed_load import differing, mixed_requests, run_under_load
+from tests.engine.mixed_load import differing, mixed_requests, run_under_load, together
 from tests.engine.uncaptured import UncapturedGraphs
 
 ROOT = Path(__file__).parents[2]
@@ -70,16 +70,6 @@ def greedy_requests() -> list[AddRequest]:
     ]
 
 
-def run(engine: LLMEngine, requests: list[AddRequest]) -> dict[int, list[int]]:
-    tokens: dict[int, list[int]] = {request.request_id: [] for request in requests}
-    for request in requests:
-        engine.add(request)
-    while engine.has_unfinished:
-        for output in engine.step().outputs:
-            tokens[output.request_id] += output.token_ids
-    return tokens
-
-
 def generate_alone(folder: Path, requests: list[AddRequest]) -> dict[int, list[int]]:
     model = load_model(folder, dtype=torch.float32)
     with torch.inference_mode():
@@ -113,7 +103,7 @@ def test_filled_up_steps_give_the_tokens_of_generate(llama_checkpoint: Path, ove
     engine = make_engine(llama_checkpoint, "cpu", attention_backend="torch", overlap=overlap)
     graphs = replaying(engine)
     requests = greedy_requests()
-    assert run(engine, requests) == generate_alone(llama_checkpoint, requests)
+    assert together(engine, requests) == generate_alone(llama_checkpoint, requests)
     assert set(graphs.replayed) == {1, 2, 4, 8, 12}
 
 
@@ -147,7 +137,7 @@ def test_only_what_the_graph_cannot_do_is_drawn_after_it(
     for number, (params, after) in enumerate(kinds):
         drawn.clear()
         graphs.replayed.clear()
-        run(engine, [AddRequest(number, [1, 2, 3], params, 0.0)])
+        together(engine, [AddRequest(number, [1, 2, 3], params, 0.0)])
         assert len(graphs.replayed) == 3
         assert len(drawn) == 1 + after, "the first token is that of the prompt's step"
 
@@ -164,7 +154,7 @@ def test_capturing_leaves_the_cache_as_it_is(llama_checkpoint: Path) -> None:
                 graphs._run(size)
         after = engine.runner.cache.keys + engine.runner.cache.values
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-        run(engine, greedy_requests()[:3])
+        together(engine, greedy_requests()[:3])
 
 
 def test_only_steps_that_decode_and_sample_every_row_are_replayed(llama_checkpoint: Path) -> None:
@@ -286,13 +276,13 @@ class TestOnDevice:
         engine = make_engine(checkpoint, "cuda", attention_backend=backend, cuda_graphs=cuda_graphs)
         assert (engine.runner._graphs is not None) == (cuda_graphs and backend == "triton")
         requests = greedy_requests()
-        assert run(engine, requests) == generate_alone(checkpoint, requests)
+        assert together(engine, requests) == generate_alone(checkpoint, requests)
         assert engine.stats().num_free_blocks == engine.stats().num_blocks
 
     def test_graphs_change_no_token(self, checkpoint: Path) -> None:
         requests = greedy_requests()
         with_graphs, without = (
-            run(make_engine(checkpoint, "cuda", cuda_graphs=enabled), requests) for enabled in (True, False)
+            together(make_engine(checkpoint, "cuda", cuda_graphs=enabled), requests) for enabled in (True, False)
         )
         assert with_graphs == without
 

@@ -30,6 +30,7 @@ from tests.engine.mixed_load import (
     mixed_requests,
     run_alone,
     run_under_load,
+    together,
 )
 
 SMALL_POOL = 14
@@ -259,14 +260,3 @@ def test_it_is_what_a_device_of_its_own_is_good_for(
     runner = make_engine(llama_checkpoint, "float32", overlap=overlap).runner
     monkeypatch.setattr(runner, "device", torch.device(device))
     assert ModelRunner.runs_ahead.fget(runner) is expected  # type: ignore[attr-defined]
-
-
-def together(engine: LLMEngine, requests: list[AddRequest]) -> dict[int, list[int]]:
-    """The tokens of requests that are there from the start."""
-    tokens: dict[int, list[int]] = {request.request_id: [] for request in requests}
-    for request in requests:
-        engine.add(request)
-    while engine.has_unfinished:
-        for output in engine.step().outputs:
-            tokens[output.request_id] += output.token_ids
-    return tokens
